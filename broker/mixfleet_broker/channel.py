@@ -1,0 +1,128 @@
+"""A job's channel: one Redis stream, written by its runs in turn and read by anybody.
+
+An event's id is ``<run>-<tokens so far>``. Redis refuses an id that is not above all others, so
+neither a worker that has lost the job to another nor a retry can say anything twice; and it is
+the number from which a reader goes on. (Between a reap and the next claim a chunk of the lost run
+may still arrive: it goes on where that run stopped, and the next run goes on after it.)
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Any, Final
+
+from redis import Redis
+from redis.client import Pipeline
+
+from mixfleet_broker.errors import MessageError
+from mixfleet_broker.event_codec import TOKENS, decode_event, encode_chunk
+from mixfleet_broker.keys import CHANNEL, check_job_id
+from mixfleet_broker.messages import JobEnd, JobEvent, TokenChunk
+from mixfleet_broker.records import Lease
+from mixfleet_broker.redis_errors import redis_errors
+
+FIRST: Final = "0-0"
+"""Read from here to get everything."""
+MAX_EVENTS_PER_READ: Final = 512
+
+_EVENT_ID: Final = re.compile(r"(\d{1,15})-(\d{1,15})")
+
+
+def append_chunk(redis: Redis | Pipeline, lease: Lease, chunk: TokenChunk) -> Any:
+    """Append the next piece of an answer; on a pipeline the command only waits there.
+
+    Returns:
+        The reply: the event's id; None when the job has no channel any more, so it is lost. An
+        error "equal or smaller" is **not** always a loss: after a reconnect it may be this very
+        chunk that had arrived before. ``JobQueue.renew`` tells the two apart.
+    """
+    if not chunk.token_ids:
+        raise MessageError("chunk: without tokens it can only be the last, with the job's end")
+    fields: dict[Any, Any] = {"k": TOKENS, "d": encode_chunk(chunk)}
+    return redis.xadd(CHANNEL(lease.job_id), fields, id=chunk_id(lease, chunk), nomkstream=True)
+
+
+def chunk_id(lease: Lease, chunk: TokenChunk) -> str:
+    """Return the id of the event that carries ``chunk``."""
+    return f"{lease.run}-{chunk.num_tokens}"
+
+
+def read_events(
+    redis: Redis, job_id: str, after: str = FIRST, block_s: float = 0.0
+) -> list[tuple[str, JobEvent]]:
+    """Return the events after one, in order; an empty list if none came in time.
+
+    Args:
+        redis: A client whose replies are bytes, and whose socket timeout is above ``block_s``.
+        job_id: The job; it need not have started, nor exist.
+        after: Id of the last event that was read, :data:`FIRST` for none.
+        block_s: How long to wait for the first; 0 does not wait.
+
+    Raises:
+        MessageError: ``after`` is no event id, or an event is not of the schema.
+        BrokerUnavailableError: No Redis answers.
+    """
+    if not _EVENT_ID.fullmatch(after):
+        raise MessageError(f"after={after[:40]!r}: must be an event id, like 1764000000000-12")
+    block_ms = max(1, round(block_s * 1000)) if block_s > 0 else None
+    with redis_errors():
+        reply = redis.xread(
+            {CHANNEL(check_job_id(job_id)): after}, count=MAX_EVENTS_PER_READ, block=block_ms
+        )
+    return [_decode(entry) for entry in _entries(reply)]
+
+
+def delivered_tokens(redis: Redis, job_id: str) -> tuple[int, ...]:
+    """Return the token ids of all chunks so far, which a next run goes on after.
+
+    Raises:
+        MessageError: A chunk is not of the schema, or does not follow the one before.
+    """
+    token_ids: list[int] = []
+    for _, event in _all_events(redis, job_id):
+        if not isinstance(event, TokenChunk):
+            continue
+        if event.num_tokens != len(token_ids) + len(event.token_ids):
+            raise MessageError(
+                f"channel of job {job_id}: {len(event.token_ids)} tokens after {len(token_ids)} "
+                f"make {event.num_tokens}"
+            )
+        token_ids.extend(event.token_ids)
+    return tuple(token_ids)
+
+
+def ended(redis: Redis, job_id: str) -> JobEnd | None:
+    """Return how the job ended; None when its channel has no end, or is not there."""
+    with redis_errors():
+        entries = redis.xrevrange(CHANNEL(check_job_id(job_id)), count=1)
+    if not entries:
+        return None
+    _, event = _decode(entries[0])
+    return event if isinstance(event, JobEnd) else None
+
+
+def _all_events(redis: Redis, job_id: str) -> Iterable[tuple[str, JobEvent]]:
+    with redis_errors():
+        entries = redis.xrange(CHANNEL(check_job_id(job_id)))
+    return [_decode(entry) for entry in entries or ()]
+
+
+def _entries(reply: Any) -> list[Any]:
+    """Return the entries of the one stream in a reply, in either protocol of Redis."""
+    if not reply:
+        return []
+    if isinstance(reply, dict):
+        (streams,) = reply.values()
+        return [entry for entries in streams for entry in entries]
+    entries: list[Any] = reply[0][1]
+    return entries
+
+
+def _decode(entry: Any) -> tuple[str, JobEvent]:
+    raw_id, fields = entry
+    event_id = raw_id.decode()
+    match = _EVENT_ID.fullmatch(event_id)
+    kind, body = (fields or {}).get(b"k"), (fields or {}).get(b"d")
+    if match is None or kind is None or body is None or len(fields) != 2:
+        raise MessageError(f"channel: event {event_id} is not of the schema")
+    run, num_tokens = int(match[1]), int(match[2])
+    return event_id, decode_event(kind.decode("ascii", "replace"), run, num_tokens, body)

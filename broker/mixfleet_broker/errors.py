@@ -1,0 +1,242 @@
+"""What the broker and the client raise, and what travels on the wire.
+
+::
+
+    MixfleetError
+    ├── ConfigError                 a setting cannot be used; the text names it
+    ├── MissingExtraError           a part that is not installed; the text says how to install it
+    ├── MessageError                bytes or fields that are not of the schema
+    ├── BrokerError
+    │   ├── BrokerUnavailableError  no Redis answers (retryable)
+    │   ├── BrokerFullError         Redis is out of memory; nothing was written (retryable)
+    │   ├── QueueFullError          the queue is at its limit (retryable)
+    │   ├── JobConflictError        the job id is taken by a different job
+    │   ├── UnknownJobError         no such job, or its time to live is over
+    │   └── UnknownModelError       no model given and none, or several, to choose from
+    └── JobError                    the job ended without a full answer
+        ├── JobRejectedError        the job itself cannot run
+        │   ├── InvalidRequestError
+        │   ├── InvalidMessagesError
+        │   └── PromptTooLongError
+        ├── JobFailedError          it ran and failed
+        │   ├── EngineFailedError   the engine raised on this job
+        │   └── WorkerLostError     its workers died, too often to try again
+        ├── JobCancelledError       somebody cancelled it
+        └── StreamTimeoutError      nothing came in the time allowed; the job may go on
+
+``code`` is stable and travels in :class:`~mixfleet_broker.messages.JobEnd`; ``retryable`` says
+whether the same call can succeed later without being changed.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from mixfleet_broker.messages import JobEnd
+
+
+class MixfleetError(Exception):
+    """Base of everything that mixfleet raises on purpose."""
+
+    code: str = "error"
+    """Stable name, also on the wire."""
+    retryable: ClassVar[bool] = False
+    """Whether the same call can succeed later."""
+
+
+class ConfigError(MixfleetError):
+    """A setting cannot be used; the text names it and its value."""
+
+    code = "config"
+
+
+class MissingExtraError(MixfleetError):
+    """An optional part is not installed.
+
+    Args:
+        what: What was asked for, as the user would say it.
+        extra: The extra that brings it.
+    """
+
+    code = "missing_extra"
+
+    def __init__(self, *, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs mixfleet[{extra}]: pip install 'mixfleet[{extra}]'")
+        self.what = what
+        self.extra = extra
+
+
+class MessageError(MixfleetError):
+    """Bytes or fields are not of the schema; the text names the field, never a prompt."""
+
+    code = "invalid_request"
+
+
+class BrokerError(MixfleetError):
+    """The broker did not do what it was asked to do."""
+
+    code = "broker"
+
+
+class BrokerUnavailableError(BrokerError):
+    """No Redis answers. Whether the call had its effect is unknown; all calls can be repeated."""
+
+    code = "broker_unavailable"
+    retryable = True
+
+
+class BrokerFullError(BrokerError):
+    """Redis is out of memory. Nothing was written."""
+
+    code = "broker_full"
+    retryable = True
+
+
+class QueueFullError(BrokerError):
+    """The queue is at its limit. Nothing was written."""
+
+    code = "queue_full"
+    retryable = True
+
+    def __init__(self, *, model: str, depth: int, limit: int) -> None:
+        super().__init__(f"the queue of {model} is full: {depth} jobs wait, the limit is {limit}")
+        self.model = model
+        self.depth = depth
+        self.limit = limit
+
+
+class JobConflictError(BrokerError):
+    """The job id is taken by a job with another content."""
+
+    code = "job_conflict"
+
+    def __init__(self, *, job_id: str) -> None:
+        super().__init__(f"job id {job_id} is taken by a different job")
+        self.job_id = job_id
+
+
+class UnknownJobError(BrokerError):
+    """There is no such job, or what was kept of it has expired."""
+
+    code = "unknown_job"
+
+    def __init__(self, *, job_id: str) -> None:
+        super().__init__(f"no job {job_id}: it never existed, or it ended too long ago")
+        self.job_id = job_id
+
+
+class UnknownModelError(BrokerError):
+    """No model was named and there is none, or more than one, to choose from."""
+
+    code = "unknown_model"
+
+    def __init__(self, message: str, *, models: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.models = tuple(models)
+
+
+class JobError(MixfleetError):
+    """The job ended without a full answer.
+
+    Args:
+        message: What its worker, or the broker, said.
+        job_id: The job, where it is known.
+        code: The name on the wire, where it is not the class's own.
+    """
+
+    code = "job_error"
+
+    def __init__(self, message: str, *, job_id: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.job_id = job_id
+        if code is not None:
+            self.code = code
+
+
+class JobRejectedError(JobError):
+    """The job itself cannot run; the same job will be rejected again."""
+
+    code = "rejected"
+
+
+class InvalidRequestError(JobRejectedError):
+    """A field of the job cannot be used."""
+
+    code = "invalid_request"
+
+
+class InvalidMessagesError(JobRejectedError):
+    """The conversation does not fit the model's chat format."""
+
+    code = "invalid_messages"
+
+
+class PromptTooLongError(JobRejectedError):
+    """The prompt and its answer do not fit the model's context."""
+
+    code = "prompt_too_long"
+
+
+class JobFailedError(JobError):
+    """The job ran and failed."""
+
+    code = "failed"
+
+
+class EngineFailedError(JobFailedError):
+    """The engine raised on this job."""
+
+    code = "engine_failed"
+
+
+class WorkerLostError(JobFailedError):
+    """The job's workers died, too often to try again."""
+
+    code = "worker_lost"
+
+
+class JobCancelledError(JobError):
+    """Somebody cancelled the job."""
+
+    code = "canceled"
+
+
+class StreamTimeoutError(JobError):
+    """Nothing came in the time allowed. The job may go on, and reading it again may too."""
+
+    code = "stream_timeout"
+    retryable = True
+
+    def __init__(self, *, job_id: str, what: str, limit_s: float) -> None:
+        super().__init__(f"job {job_id}: no {what} within {limit_s:g} s", job_id=job_id)
+        self.what = what
+        self.limit_s = limit_s
+
+
+def error_from_end(end: "JobEnd", *, job_id: str | None = None) -> JobError:
+    """Return the error that says how a job ended without an answer.
+
+    Args:
+        end: Of a failed or cancelled job.
+        job_id: Kept in the error.
+
+    Returns:
+        The class that ``end.code`` names; a code that this version does not know gives a
+        :class:`JobFailedError` that carries it.
+    """
+    if end.state == "finished":
+        raise ValueError("a finished job has no error")
+    if end.state == "canceled":
+        return JobCancelledError(end.message or "the job was cancelled", job_id=job_id)
+    message = end.message or f"the job failed: {end.code or 'no reason given'}"
+    for kind in (
+        JobRejectedError,
+        InvalidRequestError,
+        InvalidMessagesError,
+        PromptTooLongError,
+        EngineFailedError,
+        WorkerLostError,
+    ):
+        if kind.code == end.code:
+            return kind(message, job_id=job_id)
+    return JobFailedError(message, job_id=job_id, code=end.code)

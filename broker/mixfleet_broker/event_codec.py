@@ -1,0 +1,128 @@
+"""The bytes of a job's events, as they lie in its channel.
+
+An event is an entry of a Redis stream with two fields, ``k`` its kind and ``d`` its body, and an
+id that says the run and how many tokens the answer has with it. Neither is said twice.
+"""
+
+from typing import Final, get_args
+
+from mixfleet_broker.errors import MessageError
+from mixfleet_broker.messages import (
+    MAX_COUNT,
+    FinishReason,
+    JobEnd,
+    JobEvent,
+    RunStarted,
+    TokenChunk,
+    Usage,
+)
+from mixfleet_broker.packing import pack, unpack
+from mixfleet_broker.schema import Fields, integer, items
+
+RUN_STARTED: Final = "a"
+TOKENS: Final = "t"
+END: Final = "e"
+
+
+def encode_run_start(worker_id: str) -> bytes:
+    """Return the body of a :class:`RunStarted`; its id says the rest."""
+    return pack({"w": worker_id})
+
+
+def encode_chunk(chunk: TokenChunk) -> bytes:
+    """Return the body of a chunk; its id says how many tokens the answer has with it."""
+    if not 0 <= len(chunk.token_ids) <= chunk.num_tokens:
+        raise MessageError(
+            f"chunk: {len(chunk.token_ids)} new tokens in an answer of {chunk.num_tokens}"
+        )
+    return pack({"t": chunk.text, "i": list(chunk.token_ids)})
+
+
+def encode_end(end: JobEnd) -> bytes:
+    """Return the body of a job's end.
+
+    Raises:
+        MessageError: It is finished without a finish reason, or failed without a code.
+    """
+    usage = end.usage
+    body = {
+        "s": end.state,
+        "r": end.finish_reason,
+        "c": end.code,
+        "m": end.message,
+        "u": None if usage is None else [usage.prompt_tokens, usage.completion_tokens],
+    }
+    data = pack({name: value for name, value in body.items() if value is not None})
+    _read_end(unpack(data))
+    return data
+
+
+def decode_event(kind: str, run: int, num_tokens: int, data: bytes) -> JobEvent:
+    """Return one event of a channel.
+
+    Args:
+        kind: ``a`` run started, ``t`` tokens, ``e`` end.
+        run: The first half of the event's id.
+        num_tokens: The second half: tokens of the answer so far.
+        data: The body.
+
+    Raises:
+        MessageError: It is not of the schema.
+    """
+    value = unpack(data)
+    if kind == RUN_STARTED:
+        fields = Fields(value, "run")
+        worker_id = fields.text("w")
+        fields.done()
+        return RunStarted(run=run, worker_id=worker_id, num_tokens=num_tokens)
+    if kind == TOKENS:
+        return _read_chunk(value, num_tokens)
+    if kind == END:
+        return _read_end(value)
+    raise MessageError(f"channel: unknown kind of event {kind[:20]!r}")
+
+
+def _read_chunk(value: object, num_tokens: int) -> TokenChunk:
+    fields = Fields(value, "chunk")
+    chunk_text = fields.text("t")
+    token_ids = tuple(integer(i, "chunk.i", 0, MAX_COUNT) for i in fields.items("i"))
+    fields.done()
+    if len(token_ids) > num_tokens:
+        raise MessageError(f"chunk: {len(token_ids)} new tokens in an answer of {num_tokens}")
+    return TokenChunk(num_tokens=num_tokens, text=chunk_text, token_ids=token_ids)
+
+
+def _read_end(value: object) -> JobEnd:
+    fields = Fields(value, "end")
+    state, reason = fields.text("s"), _read_reason(fields.take("r"))
+    code, message = fields.text_or_none("c"), fields.text_or_none("m")
+    usage = _read_usage(fields.take("u"))
+    fields.done()
+    if state == "finished" and reason is not None and code is None:
+        return JobEnd(state="finished", finish_reason=reason, message=message, usage=usage)
+    if state == "failed" and code is not None and reason is None:
+        return JobEnd(state="failed", code=code, message=message, usage=usage)
+    if state == "canceled" and code is None and reason is None:
+        return JobEnd(state="canceled", message=message, usage=usage)
+    raise MessageError(
+        f"end: state {state[:20]!r} with finish reason {reason} and code {str(code)[:40]!r}"
+    )
+
+
+def _read_reason(value: object) -> FinishReason | None:
+    for known in get_args(FinishReason):
+        if value == known:
+            reason: FinishReason = known
+            return reason
+    if value is None:
+        return None
+    raise MessageError(f"end.r={str(value)[:20]!r}: must be one of {get_args(FinishReason)}")
+
+
+def _read_usage(value: object) -> Usage | None:
+    if value is None:
+        return None
+    counts = [integer(item, "end.u", 0, MAX_COUNT) for item in items(value, "end.u")]
+    if len(counts) != 2:
+        raise MessageError(f"end.u: {len(counts)} counts, must be 2")
+    return Usage(prompt_tokens=counts[0], completion_tokens=counts[1])

@@ -1,0 +1,326 @@
+"""Every key in Redis: its name, type, writer and lifetime. Names are made here and nowhere else.
+
+Keys that start with ``rq:`` are rq's own layout, so that its tools see and feed the queue; keys
+that start with ``mixfleet:`` are ours. The scripts get the same names: :func:`lua_key_table`
+writes them as Lua.
+
+The fields of a job's hash are rq's own and ours, which start with ``mf_``: ``mf_request`` (the
+message, msgpack), ``mf_sum`` (its SHA-256), ``mf_tenant``, ``mf_score`` (its place in the order),
+``mf_token`` (of the run that holds it, or that ended it), ``mf_attempt`` and ``mf_losses``.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from mixfleet_broker.errors import MessageError
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_FIELD: Final = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """One kind of key."""
+
+    name: str
+    """What the scripts call it."""
+    template: str
+    """The key with ``{field}`` where a name goes."""
+    type: str
+    """Redis's own word."""
+    writers: str
+    """Who changes it, by script or module."""
+    lifetime: str
+    """When it goes away."""
+    meaning: str
+
+    def __call__(self, *names: str) -> str:
+        """Return the key with its fields filled in, in order."""
+        if len(names) != self.num_fields:
+            raise TypeError(f"key {self.name} takes {self.num_fields} names, got {len(names)}")
+        parts = iter(names)
+        return _FIELD.sub(lambda _: next(parts), self.template)
+
+    @property
+    def num_fields(self) -> int:
+        """How many names the key is made of."""
+        return len(_FIELD.findall(self.template))
+
+
+# rq's keys of one queue
+
+QUEUES: Final = Key(
+    name="queues",
+    template="rq:queues",
+    type="set",
+    writers="submit; rq producers",
+    lifetime="for ever, one member per model",
+    meaning="the queues that rq's tools list",
+)
+QUEUE: Final = Key(
+    name="queue",
+    template="rq:queue:{model}",
+    type="list",
+    writers="submit, claim, reap, cancel; rq producers",
+    lifetime="while a job is queued",
+    meaning="mirror of the order for rq's tools, and the inbox of rq producers; its length is the "
+    "queue's depth",
+)
+WIP: Final = Key(
+    name="wip",
+    template="rq:wip:{model}",
+    type="zset",
+    writers="claim, renew, finish, reap, cancel",
+    lifetime="while a job is started",
+    meaning="started jobs for rq's tools, far in the future, so that their own clean-up "
+    "never touches a job of ours",
+)
+FINISHED: Final = Key(
+    name="finished",
+    template="rq:finished:{model}",
+    type="zset",
+    writers="finish; trimmed by reap and by rq's tools",
+    lifetime="a member expires with its job",
+    meaning="finished jobs, by the time at which they expire",
+)
+FAILED: Final = Key(
+    name="failed",
+    template="rq:failed:{model}",
+    type="zset",
+    writers="finish, reap; trimmed by reap and by rq's tools",
+    lifetime="a member expires with its job",
+    meaning="failed jobs, which an operator may requeue with rq's tools",
+)
+CANCELED: Final = Key(
+    name="canceled",
+    template="rq:canceled:{model}",
+    type="zset",
+    writers="cancel; rq's Job.cancel; trimmed by reap",
+    lifetime="a member expires with its job",
+    meaning="cancelled jobs, by the time at which they expire",
+)
+SUSPENDED: Final = Key(
+    name="suspended",
+    template="rq:suspended",
+    type="string",
+    writers="`rq suspend`, `rq resume`",
+    lifetime="as the operator says",
+    meaning="while it exists nothing is claimed",
+)
+
+# rq's keys of one job and of one worker
+
+JOB: Final = Key(
+    name="job",
+    template="rq:job:{job_id}",
+    type="hash",
+    writers="submit, claim, renew, finish, reap, cancel; rq producers",
+    lifetime="none while queued or started; then the result's, 1 day failed, 300 s cancelled",
+    meaning="the job: rq's fields, and ours with the prefix mf_",
+)
+RESULTS: Final = Key(
+    name="results",
+    template="rq:results:{job_id}",
+    type="stream",
+    writers="finish, reap",
+    lifetime="as the job's hash",
+    meaning="outcome for rq's tools; holds the answer only of a job from an rq producer",
+)
+EXECUTION: Final = Key(
+    name="execution",
+    template="rq:execution:{job_id}:{token}",
+    type="hash",
+    writers="claim, renew, finish, reap, cancel",
+    lifetime="2 h after the last renewal",
+    meaning="one run, for rq's tools",
+)
+EXECUTIONS: Final = Key(
+    name="executions",
+    template="rq:executions:{job_id}",
+    type="zset",
+    writers="claim, renew, finish, reap, cancel",
+    lifetime="2 h after the last renewal",
+    meaning="runs of one job, for rq's tools",
+)
+WORKER_EXECUTIONS: Final = Key(
+    name="worker_executions",
+    template="rq:worker:{worker_id}:executions",
+    type="set",
+    writers="claim, renew, finish, reap, cancel",
+    lifetime="2 h after the last renewal",
+    meaning="what a worker runs, for rq's tools",
+)
+RQ_WORKER: Final = Key(
+    name="rq_worker",
+    template="rq:worker:{worker_id}",
+    type="hash",
+    writers="registry; finish counts its jobs",
+    lifetime="some beats of the worker's heart",
+    meaning="the worker for rq's tools",
+)
+RQ_WORKERS: Final = Key(
+    name="rq_workers",
+    template="rq:workers",
+    type="set",
+    writers="registry; rq's tools",
+    lifetime="a member goes with its worker",
+    meaning="all workers, for rq's tools",
+)
+RQ_QUEUE_WORKERS: Final = Key(
+    name="rq_queue_workers",
+    template="rq:workers:{model}",
+    type="set",
+    writers="registry; rq's tools",
+    lifetime="a member goes with its worker",
+    meaning="workers of one queue, for rq's tools",
+)
+
+# Our own
+
+READY: Final = Key(
+    name="ready",
+    template="mixfleet:ready:{model}",
+    type="zset",
+    writers="submit, claim, reap, cancel",
+    lifetime="while a job is queued",
+    meaning="the true order of queued jobs: class * 1e12 + sequence",
+)
+SEQUENCE: Final = Key(
+    name="sequence",
+    template="mixfleet:sequence:{model}",
+    type="string",
+    writers="submit, claim",
+    lifetime="for ever, one number per model",
+    meaning="the last number given to a queued job",
+)
+LEASES: Final = Key(
+    name="leases",
+    template="mixfleet:leases:{model}",
+    type="zset",
+    writers="claim, renew, finish, reap, cancel",
+    lifetime="while a job is started",
+    meaning="the true leases: member job_id:token, score the deadline in ms of Redis's clock",
+)
+CLAIM: Final = Key(
+    name="claim",
+    template="mixfleet:claim:{model}:{worker_id}:{claim_token}",
+    type="list",
+    writers="claim",
+    lifetime="2 leases",
+    meaning="what one claim gave, so that its repetition gives the same",
+)
+CHANNEL: Final = Key(
+    name="channel",
+    template="mixfleet:channel:{job_id}",
+    type="stream",
+    writers="claim, append (channel.py and append.lua), finish, reap, cancel",
+    lifetime="2 h after the last renewal; after the end the result's",
+    meaning="the answer: entries k (a: run started, t: tokens, e: end) and d (msgpack), ids "
+    "<run>-<tokens so far>",
+)
+BELL: Final = Key(
+    name="bell",
+    template="mixfleet:bell:{model}",
+    type="list",
+    writers="submit, claim, reap; popped by waiting workers",
+    lifetime="1 h after the last ring; at most 64 elements",
+    meaning="wakes idle workers; a lost ring costs a moment, never a job",
+)
+WORKER: Final = Key(
+    name="worker",
+    template="mixfleet:worker:{worker_id}",
+    type="hash",
+    writers="registry",
+    lifetime="some beats of the worker's heart",
+    meaning="what a worker says of itself",
+)
+WORKERS: Final = Key(
+    name="workers",
+    template="mixfleet:workers",
+    type="zset",
+    writers="registry",
+    lifetime="a member is trimmed when its worker has long been silent",
+    meaning="worker ids by the time of their last beat",
+)
+MODELS: Final = Key(
+    name="models",
+    template="mixfleet:models",
+    type="zset",
+    writers="registry",
+    lifetime="a member is trimmed when its model has long not been served",
+    meaning="models by the time at which they were last served",
+)
+
+KEYS: Final[tuple[Key, ...]] = (
+    QUEUES,
+    QUEUE,
+    WIP,
+    FINISHED,
+    FAILED,
+    CANCELED,
+    SUSPENDED,
+    JOB,
+    RESULTS,
+    EXECUTION,
+    EXECUTIONS,
+    WORKER_EXECUTIONS,
+    RQ_WORKER,
+    RQ_WORKERS,
+    RQ_QUEUE_WORKERS,
+    READY,
+    SEQUENCE,
+    LEASES,
+    CLAIM,
+    CHANNEL,
+    BELL,
+    WORKER,
+    WORKERS,
+    MODELS,
+)
+
+
+def check_model_name(name: str) -> str:
+    """Return ``name`` if it can name a model and its queue.
+
+    Raises:
+        MessageError: It is not 1 to 64 letters, digits, dots, underscores and dashes.
+    """
+    if not _NAME.fullmatch(name):
+        raise MessageError(f"model={name[:80]!r}: must match {_NAME.pattern}")
+    return name
+
+
+def check_worker_id(worker_id: str) -> str:
+    """Return ``worker_id`` if it can name a worker.
+
+    Raises:
+        MessageError: It is not 1 to 64 letters, digits, dots, underscores and dashes.
+    """
+    if not _NAME.fullmatch(worker_id):
+        raise MessageError(f"worker_id={worker_id[:80]!r}: must match {_NAME.pattern}")
+    return worker_id
+
+
+def check_job_id(job_id: str) -> str:
+    """Return ``job_id`` if it can name a job.
+
+    Raises:
+        MessageError: It is not 1 to 128 letters, digits, underscores and dashes.
+    """
+    if not _JOB_ID.fullmatch(job_id):
+        raise MessageError(f"job_id={job_id[:80]!r}: must match {_JOB_ID.pattern}")
+    return job_id
+
+
+def lua_key_table() -> str:
+    """Return Lua source that defines ``key``, a table with one function per kind of key."""
+    lines = ["local key = {}"]
+    for key in KEYS:
+        fields = _FIELD.findall(key.template)
+        pieces = _FIELD.split(key.template)
+        # re.split puts the field names at the odd places.
+        names = (p if i % 2 else f"'{p}'" for i, p in enumerate(pieces) if p)
+        lines.append(f"function key.{key.name}({', '.join(fields)}) return {'..'.join(names)} end")
+    return "\n".join(lines) + "\n"

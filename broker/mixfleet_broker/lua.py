@@ -1,0 +1,99 @@
+"""The scripts: loaded from ``scripts/*.lua``, named by their content, run on any server."""
+
+from functools import cache
+from hashlib import sha1
+from importlib.resources import files
+from typing import Any, Final, Literal
+
+from redis import Redis
+from redis.client import Pipeline
+from redis.exceptions import NoScriptError, ResponseError
+
+from mixfleet_broker.keys import QUEUE, lua_key_table
+
+ScriptName = Literal["submit", "claim", "renew", "append", "finish", "reap", "cancel", "beat"]
+Argument = str | bytes | int | float
+
+SCRIPT_NAMES: Final[tuple[ScriptName, ...]] = (
+    "submit",
+    "claim",
+    "renew",
+    "append",
+    "finish",
+    "reap",
+    "cancel",
+    "beat",
+)
+# Whatever lets a full Redis drain may go over the limit: a claim too, or a Redis full of waiting
+# jobs would stay full. Only submit is refused.
+_REFUSED_WHEN_FULL: Final = frozenset({"submit"})
+
+
+class Scripts:
+    """The scripts on one server; safe to share between threads.
+
+    A script is called by the hash of its text, so two versions of mixfleet live side by side on
+    one server, and a server that has lost its scripts is simply given them again.
+
+    Args:
+        redis: A client whose replies are bytes.
+    """
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._with_flags = True
+
+    def run(self, name: ScriptName, model: str, *args: Argument) -> Any:
+        """Run a script and return its reply.
+
+        Args:
+            name: The file without its suffix.
+            model: The queue; it is KEYS[1], as rq's list, and ARGV[1].
+            args: ARGV from the second on.
+        """
+        try:
+            return self._redis.evalsha(self._digest(name), 1, QUEUE(model), model, *args)
+        except NoScriptError:
+            self._load(name)
+            return self._redis.evalsha(self._digest(name), 1, QUEUE(model), model, *args)
+
+    def queue_on(self, pipeline: Pipeline, name: ScriptName, model: str, *args: Argument) -> None:
+        """Put a call on a pipeline; its reply may be a ``NoScriptError``: then use :meth:`run`."""
+        pipeline.evalsha(self._digest(name), 1, QUEUE(model), model, *args)
+
+    def _digest(self, name: ScriptName) -> str:
+        return script_digest(name, with_flags=self._with_flags)
+
+    def _load(self, name: ScriptName) -> None:
+        try:
+            self._redis.script_load(script_text(name, with_flags=self._with_flags))
+        except ResponseError:
+            if not self._with_flags:
+                raise
+            # A server before version 7 takes the line with the flags for Lua. From now on without.
+            self._redis.script_load(script_text(name, with_flags=False))
+            self._with_flags = False
+
+
+@cache
+def script_text(name: ScriptName, *, with_flags: bool) -> str:
+    """Return the whole text of a script: flags, names of keys, the prelude, itself.
+
+    Args:
+        name: The file without its suffix.
+        with_flags: Whether the server knows ``#!lua flags``, as Redis does from version 7 on.
+    """
+    flags = "" if name in _REFUSED_WHEN_FULL else " flags=allow-oom"
+    shebang = f"#!lua{flags}\n" if with_flags else ""
+    return f"{shebang}{lua_key_table()}{_read('prelude')}{_read(name)}"
+
+
+@cache
+def script_digest(name: ScriptName, *, with_flags: bool) -> str:
+    """Return Redis's own name for a script: the SHA-1 of its text."""
+    text = script_text(name, with_flags=with_flags)
+    return sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def _read(name: str) -> str:
+    return (files("mixfleet_broker") / "scripts" / f"{name}.lua").read_text("utf-8")

@@ -1,0 +1,194 @@
+"""Who serves which model: what workers say of themselves, for us and for rq's tools.
+
+A worker is alive while its record is there: each beat renews it for three leases. Looking
+changes nothing.
+"""
+
+import logging
+import os
+import platform
+import socket
+from dataclasses import dataclass, fields, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any, Final, Literal, Self, cast
+
+from redis import Redis
+
+from mixfleet_broker import keys
+from mixfleet_broker.lua import Scripts
+from mixfleet_broker.redis_errors import redis_errors
+
+logger = logging.getLogger(__name__)
+
+WorkerState = Literal["starting", "idle", "busy", "draining"]
+
+LEASES_PER_LIFE: Final = 3
+"""A worker that is silent for so many leases counts as gone."""
+LATELY_S: Final = 7 * 86_400
+"""How long a model that nobody serves any more is remembered."""
+
+_RQ_TIME: Final = "%Y-%m-%dT%H:%M:%S.%fZ"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerRecord:
+    """What a worker says of itself."""
+
+    worker_id: str
+    model: str
+    state: WorkerState
+    in_flight: int
+    """Jobs that it generates now."""
+    max_batch_size: int
+    """Most jobs that it generates at the same time."""
+    context_length: int
+    """Most tokens of prompt and answer together."""
+    host: str
+    pid: int
+    version: str
+    """Of mixfleet."""
+    python_version: str
+    started_at: float
+    """Unix time by the worker's own clock."""
+
+    @classmethod
+    def of_this_process(
+        cls,
+        *,
+        worker_id: str,
+        model: str,
+        max_batch_size: int,
+        context_length: int,
+        started_at: float,
+    ) -> Self:
+        """Return the record of a worker that is starting in this process.
+
+        Raises:
+            MessageError: One of the names cannot be part of a key.
+        """
+        return cls(
+            worker_id=keys.check_worker_id(worker_id),
+            model=keys.check_model_name(model),
+            state="starting",
+            in_flight=0,
+            max_batch_size=max_batch_size,
+            context_length=context_length,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            version=version("mixfleet"),
+            python_version=platform.python_version(),
+            started_at=started_at,
+        )
+
+
+class Registration:
+    """One worker's entry in the registry and in rq's.
+
+    Args:
+        redis: A client whose replies are bytes.
+        record: The worker; its state and load are as they were last said.
+        lease_s: The entry stays for three of them after a beat.
+
+    Raises:
+        BrokerError: From every method, see :mod:`mixfleet_broker.redis_errors`.
+    """
+
+    def __init__(self, redis: Redis, record: WorkerRecord, *, lease_s: float) -> None:
+        self._redis = redis
+        self._scripts = Scripts(redis)
+        self._life_ms = round(LEASES_PER_LIFE * lease_s * 1000)
+        self.record = record
+
+    def beat(self, *, state: WorkerState, in_flight: int) -> None:
+        """Say that the worker lives and how it is, all in one round trip."""
+        self.record = replace(self.record, state=state, in_flight=in_flight)
+        ours = _flat(_our_fields(self.record))
+        with redis_errors():
+            self._scripts.run(
+                "beat",
+                self.record.model,
+                self.record.worker_id,
+                self._life_ms,
+                LATELY_S * 1000,
+                _rq_time(self.record.started_at),
+                len(ours),
+                *ours,
+                *_flat(_rq_fields(self.record)),
+            )
+
+    def deregister(self) -> None:
+        """Say that the worker is gone; its model is remembered for a while."""
+        rq_key = keys.RQ_WORKER(self.record.worker_id)
+        with redis_errors(), self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.delete(keys.WORKER(self.record.worker_id), rq_key)
+            pipeline.zrem(keys.WORKERS(), self.record.worker_id)
+            pipeline.srem(keys.RQ_WORKERS(), rq_key)
+            pipeline.srem(keys.RQ_QUEUE_WORKERS(self.record.model), rq_key)
+            pipeline.execute()
+
+
+def workers(redis: Redis) -> list[WorkerRecord]:
+    """Return the live workers, by model and name.
+
+    A record that this version cannot read, of a worker of another version, is logged and left
+    out.
+    """
+    with redis_errors():
+        ids = _names(redis.zrange(keys.WORKERS(), 0, -1))
+        with redis.pipeline(transaction=False) as pipeline:
+            for worker_id in ids:
+                pipeline.hgetall(keys.WORKER(worker_id))
+            contents = pipeline.execute()
+    records = [
+        record
+        for worker_id, content in zip(ids, contents, strict=True)
+        if content and (record := _read(worker_id, content)) is not None
+    ]
+    return sorted(records, key=lambda record: (record.model, record.worker_id))
+
+
+def models(redis: Redis) -> list[str]:
+    """Return the names of the models served now or in the last days, the latest first."""
+    with redis_errors():
+        return _names(redis.zrevrange(keys.MODELS(), 0, -1))
+
+
+def _names(reply: Any) -> list[str]:
+    return [name.decode() for name in cast("list[bytes]", reply)]
+
+
+def _our_fields(record: WorkerRecord) -> dict[str, str]:
+    return {field.name: str(getattr(record, field.name)) for field in fields(record)}
+
+
+def _rq_fields(record: WorkerRecord) -> dict[str, str]:
+    return {
+        # rq knows busy and idle; a worker that drains is one of them too.
+        "state": "busy" if record.in_flight else "idle",
+        "pid": str(record.pid),
+        "hostname": record.host,
+        "ip_address": "unknown",
+        "version": record.version,
+        "python_version": record.python_version,
+    }
+
+
+def _rq_time(unix_time: float) -> str:
+    return datetime.fromtimestamp(unix_time, UTC).strftime(_RQ_TIME)
+
+
+def _flat(content: dict[str, str]) -> list[str]:
+    return [part for pair in content.items() for part in pair]
+
+
+def _read(worker_id: str, content: dict[bytes, bytes]) -> WorkerRecord | None:
+    values: dict[str, Any] = {}
+    try:
+        for field in fields(WorkerRecord):
+            text = content[field.name.encode()].decode()
+            values[field.name] = field.type(text) if field.type in (int, float) else text
+    except (KeyError, ValueError) as error:
+        logger.warning("worker_record_not_legible worker_id=%s error=%r", worker_id, error)
+        return None
+    return WorkerRecord(**values)

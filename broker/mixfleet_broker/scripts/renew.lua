@@ -1,0 +1,35 @@
+-- Extend a worker's leases and tell it which of its runs are not its own any more.
+--
+-- KEYS[1]  rq's list of the queue
+-- ARGV     1 model, 2 worker id, 3 lease ms, 4 body of a cancelled job's end, then pairs of job id
+--          and token
+-- Result   the job ids that are lost: cancelled, reaped, ended or gone
+-- Keeps    a run that is told to be lost is in no place that holds runs.
+
+local lease_ms, lost, now = tonumber(ARGV[3]), {}, iso_now()
+
+local function extend(job_id, token)
+  local member = job_id .. ':' .. token
+  -- Not XX: the hash is the truth, so a lease that went astray is made again.
+  redis.call('ZADD', key.leases(model), now_ms + lease_ms, member)
+  redis.call('ZADD', key.wip(model), now_s + WIP_AHEAD_S, member)
+  redis.call('HSET', key.job(job_id), 'last_heartbeat', now)
+  redis.call('HSET', key.execution(job_id, token), 'last_heartbeat', now_s)
+  redis.call('EXPIRE', key.execution(job_id, token), RUN_TTL_S)
+  redis.call('EXPIRE', key.executions(job_id), RUN_TTL_S)
+  redis.call('EXPIRE', key.channel(job_id), RUN_TTL_S)
+end
+
+for i = 5, #ARGV, 2 do
+  local job_id, token = ARGV[i], ARGV[i + 1]
+  local v = job_fields(job_id, 'mf_token', 'status')
+  if v[1] == token and v[2] == 'started' then
+    extend(job_id, token)
+  else
+    lost[#lost + 1] = job_id
+    drop_lease(job_id, token)
+    if v[1] == token and v[2] == 'canceled' then settle_foreign_cancel(job_id, ARGV[4]) end
+  end
+end
+redis.call('EXPIRE', key.worker_executions(ARGV[2]), RUN_TTL_S)
+return lost

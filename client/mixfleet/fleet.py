@@ -1,0 +1,279 @@
+"""The client: sends chats to the fleet and hands back their answers."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self
+
+from mixfleet.events import Patience
+from mixfleet.stream import ChatStream
+from mixfleet.transport import RedisTransport, Transport
+from mixfleet_broker.errors import InvalidMessagesError, UnknownModelError
+from mixfleet_broker.messages import ChatJob, ChatMessage, SamplingSettings, new_job_id
+from mixfleet_broker.records import JobInfo
+from mixfleet_broker.settings import Settings, resolve
+
+Messages = str | Sequence[Mapping[str, str] | ChatMessage]
+"""A question, or a whole conversation whose last turn is the user's."""
+
+
+class Client:
+    """A connection to a fleet.
+
+    Args:
+        redis: URL of the fleet's Redis; None looks at ``MIXFLEET_REDIS``, ``REDIS_URL``, the
+            configuration file, and for the embedded server that ``mixfleet up`` started. It wins
+            over ``settings``.
+        model: The model asked when a call names none; None takes the only one that is served.
+        settings: All settings, resolved; None resolves them from the environment.
+        transport: Another way to the fleet than Redis, for tests.
+
+    Raises:
+        BrokerUnavailableError: No Redis is given or running; the text says what to do.
+        ConfigError: A setting in the environment or the configuration file cannot be used.
+    """
+
+    def __init__(
+        self,
+        redis: str | None = None,
+        *,
+        model: str | None = None,
+        settings: Settings | None = None,
+        transport: Transport | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if settings is None:
+            settings = resolve({"redis": redis})
+        elif redis is not None:
+            settings = replace(settings, redis=redis)
+        self._settings = settings
+        self._transport = transport or RedisTransport(self._settings)
+        self._model = model or self._settings.model
+        self._clock = clock
+
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        model: str | None = None,
+        system: str | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        first_token_timeout_s: float | None = None,
+        total_timeout_s: float | None = None,
+        job_id: str | None = None,
+    ) -> ChatStream:
+        """Send a conversation and return its answer's stream at once.
+
+        Args:
+            messages: A question, or turns ``{"role": ..., "content": ...}``.
+            model: Name of the model.
+            system: Instruction put before the conversation.
+            temperature: 0 is greedy; None is the fleet's default, as for the next ones.
+            top_k: Choose among the k most likely tokens; 0 is all.
+            top_p: Choose among the most likely tokens that reach this probability.
+            max_tokens: Longest answer; None lets it run to the end of the context.
+            stop: The answer ends before the first of these texts.
+            seed: The same seed and question give the same answer.
+            first_token_timeout_s: Longest wait for the first token; None is for ever.
+            total_timeout_s: Longest wait for the end; None is for ever.
+            job_id: An id of 32 hex digits made by ``new_job_id``; sending it twice is one job.
+
+        Raises:
+            InvalidMessagesError: The messages cannot be a conversation.
+            MessageError: A value is outside its limits; the text names it.
+            QueueFullError: The fleet takes no more jobs now.
+            UnknownModelError: No model is named and none, or several, are served.
+            BrokerUnavailableError: Redis cannot be reached.
+        """
+        sampling = _sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            max_tokens=max_tokens,
+            stop=stop,
+            seed=seed,
+        )
+        job = ChatJob(
+            job_id=job_id or new_job_id(),
+            model=self.choose_model(model),
+            messages=_conversation(messages, system),
+            sampling=sampling,
+        )
+        return self._send(job, first_token_timeout_s, total_timeout_s)
+
+    def complete(
+        self,
+        prompt: str,
+        *,
+        model: str | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        first_token_timeout_s: float | None = None,
+        total_timeout_s: float | None = None,
+        job_id: str | None = None,
+    ) -> ChatStream:
+        """Send plain text to be continued, without any chat format; else as :meth:`chat`."""
+        sampling = _sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            max_tokens=max_tokens,
+            stop=stop,
+            seed=seed,
+        )
+        job = ChatJob(
+            job_id=job_id or new_job_id(),
+            model=self.choose_model(model),
+            prompt=prompt,
+            sampling=sampling,
+        )
+        return self._send(job, first_token_timeout_s, total_timeout_s)
+
+    def attach(
+        self,
+        job_id: str,
+        after: str | None = None,
+        *,
+        first_token_timeout_s: float | None = None,
+        total_timeout_s: float | None = None,
+    ) -> ChatStream:
+        """Read a job's answer from the start, or from after an event, as often as you like.
+
+        Leaving the stream's block does not cancel the job; its :meth:`ChatStream.cancel` does.
+
+        Args:
+            job_id: The job, of this or of any other client.
+            after: The ``last_event_id`` of another stream, to go on from there.
+            first_token_timeout_s: Longest wait for the next token; None is for ever.
+            total_timeout_s: Longest wait for the end; None is for ever.
+
+        Raises:
+            UnknownJobError: There is no such job, or its answer is no longer kept.
+        """
+        model = self._transport.model_of(job_id)
+        patience = self._patience(first_token_timeout_s, total_timeout_s)
+        return ChatStream(
+            self._transport,
+            job_id,
+            model=model,
+            patience=patience,
+            after=after,
+            is_owner=False,
+            clock=self._clock,
+        )
+
+    def status(self, job_id: str) -> JobInfo:
+        """Return where a job is; raises UnknownJobError when nobody knows it."""
+        return self._transport.status(job_id, self._transport.model_of(job_id))
+
+    def cancel(self, job_id: str) -> None:
+        """Stop a job wherever it is; raises UnknownJobError when nobody knows it."""
+        self._transport.cancel(job_id, self._transport.model_of(job_id))
+
+    def models(self) -> tuple[str, ...]:
+        """Return the names of the models served now or lately."""
+        return self._transport.models()
+
+    def choose_model(self, model: str | None = None) -> str:
+        """Return the model that a call asks: the one named, else the only one that is served.
+
+        Raises:
+            UnknownModelError: None is named and none, or several, are served.
+        """
+        chosen = model or self._model
+        if chosen is not None:
+            return chosen
+        known = self._transport.models()
+        # A model that was served last week is a choice only when none is served now.
+        served = tuple(name for name in known if self._transport.num_workers(name)) or known
+        if len(served) == 1:
+            return served[0]
+        if served:
+            message = f"several models are served, name one of: {', '.join(served)}"
+        else:
+            message = "no model is served: start a worker with `mixfleet worker` or `mixfleet up`"
+        raise UnknownModelError(message, models=served)
+
+    def num_workers(self, model: str) -> int:
+        """Return how many live workers serve ``model``; jobs wait while there is none."""
+        return self._transport.num_workers(model)
+
+    def close(self) -> None:
+        """Close all connections; jobs go on."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _send(
+        self, job: ChatJob, first_token_timeout_s: float | None, total_timeout_s: float | None
+    ) -> ChatStream:
+        started_at = self._clock()
+        # The connection repeats it when a reply is lost: the same job id is one job.
+        self._transport.submit(job)
+        return ChatStream(
+            self._transport,
+            job.job_id,
+            model=job.model,
+            patience=self._patience(first_token_timeout_s, total_timeout_s),
+            clock=self._clock,
+            started_at=started_at,
+        )
+
+    def _patience(self, first_token_s: float | None, total_s: float | None) -> Patience:
+        if first_token_s is None:
+            first_token_s = self._settings.first_token_timeout_s
+        return Patience(
+            first_token_s=first_token_s, total_s=total_s, silence_s=2 * self._settings.lease_s
+        )
+
+
+def _sampling(**given: Any) -> SamplingSettings:
+    """Return the settings that were given, and the schema's defaults for the others."""
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if "stop" in chosen:
+        stop = chosen["stop"]
+        chosen["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    return SamplingSettings(**chosen)
+
+
+def _conversation(messages: Messages, system: str | None) -> tuple[ChatMessage, ...]:
+    if isinstance(messages, str):
+        messages = (ChatMessage(role="user", content=messages),)
+    turns = tuple(_message(message) for message in messages)
+    if system is None:
+        return turns
+    if turns and turns[0].role == "system":
+        raise InvalidMessagesError("two system texts: system=... and the first message")
+    return (ChatMessage(role="system", content=system), *turns)
+
+
+def _message(message: Mapping[str, str] | ChatMessage) -> ChatMessage:
+    if isinstance(message, ChatMessage):
+        return message
+    if not isinstance(message, Mapping):
+        raise InvalidMessagesError(f"a message is a mapping, not {type(message).__name__}")
+    try:
+        return ChatMessage(**message)  # type: ignore[arg-type]  # the schema checks the role
+    except TypeError as error:
+        raise InvalidMessagesError(
+            f"a message has the fields role and content, not {sorted(message)}"
+        ) from error

@@ -1,0 +1,136 @@
+"""A step plan as tensors: built once a step, read by every layer.
+
+Shape letters: T tokens in the step, B sequences of one decode group, M blocks of the longest of
+them, S slots of M blocks, R rows to sample.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from mixfleet_engine.step import PlannedChunk, StepPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillChunk:
+    """Several neighbouring tokens of one sequence."""
+
+    first_row: int
+    """Where they begin in the step's ``[T, ...]`` tensors."""
+    num_rows: int
+    start: int
+    """Position of the first of them; the context before it is in the KV cache."""
+    block_table: Tensor
+    """``[M]`` blocks of positions ``0 .. start + num_rows - 1``."""
+    mask: Tensor | None
+    """``[num_rows, start + num_rows]``, True where a token may look; None: plain causal."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeGroup:
+    """One token each of several sequences of similar length."""
+
+    rows: Tensor
+    """``[B]`` rows of the step's tensors."""
+    block_tables: Tensor
+    """``[B, M]``; a shorter table is filled up with its sequence's first block."""
+    lengths: tuple[int, ...]
+    """Tokens of context of each, its own included."""
+    mask: Tensor
+    """``[B, S]``, True at slots that hold context."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Everything that the model needs of one step."""
+
+    token_ids: Tensor
+    """``[T]``."""
+    positions: Tensor
+    """``[T]`` place of each token in its own sequence."""
+    slots: Tensor
+    """``[T]`` where its key and value go: ``block * block_size + offset``."""
+    prefills: tuple[PrefillChunk, ...]
+    decodes: tuple[DecodeGroup, ...]
+    sample_rows: Tensor
+    """``[R]`` rows whose logits are wanted, in plan order."""
+
+
+def make_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
+    """Return ``plan`` as tensors on ``device``.
+
+    Worked example, block_size 4: a prefill of positions 3..5 with blocks (7, 2), then a decode at
+    position 1 with block (5,)::
+
+        positions    3 4 5 | 1
+        slots        31 8 9 | 21      (7*4+3, 2*4+0, 2*4+1 | 5*4+1)
+        sample_rows  2 3              (the last row of each chunk that samples)
+    """
+    chunks = plan.chunks
+    ends = torch.tensor([len(chunk.token_ids) for chunk in chunks]).cumsum(0)
+    firsts = [end - len(chunk.token_ids) for end, chunk in zip(ends.tolist(), chunks, strict=True)]
+    placed = list(zip(firsts, chunks, strict=True))
+    positions = [torch.arange(chunk.start, chunk.start + len(chunk.token_ids)) for chunk in chunks]
+    slots = [
+        torch.tensor(chunk.block_table)[places // block_size] * block_size + places % block_size
+        for chunk, places in zip(chunks, positions, strict=True)
+    ]
+    sampled = torch.tensor([chunk.samples for chunk in chunks])
+    return Batch(
+        token_ids=torch.tensor(list(chain.from_iterable(c.token_ids for c in chunks))).to(device),
+        positions=torch.cat(positions).to(device),
+        slots=torch.cat(slots).to(device),
+        prefills=tuple(_prefill(first, c, device) for first, c in placed if len(c.token_ids) > 1),
+        decodes=_decodes([(r, c) for r, c in placed if len(c.token_ids) == 1], block_size, device),
+        sample_rows=(ends[sampled] - 1).to(device),
+    )
+
+
+def _prefill(first_row: int, chunk: PlannedChunk, device: torch.device) -> PrefillChunk:
+    num_rows = len(chunk.token_ids)
+    mask = None
+    if chunk.start > 0:
+        mask = torch.ones(num_rows, chunk.start + num_rows, dtype=torch.bool, device=device)
+        mask = mask.tril(chunk.start)
+    return PrefillChunk(
+        first_row=first_row,
+        num_rows=num_rows,
+        start=chunk.start,
+        block_table=torch.tensor(chunk.block_table).to(device),
+        mask=mask,
+    )
+
+
+def _decodes(
+    placed: Sequence[tuple[int, PlannedChunk]], block_size: int, device: torch.device
+) -> tuple[DecodeGroup, ...]:
+    """Group decodes by length, each group within a factor of two.
+
+    A group pads its block tables to the longest, so one long context among many short ones would
+    otherwise make each of them as dear as the long one.
+    """
+    groups: dict[int, list[tuple[int, PlannedChunk]]] = {}
+    for row, chunk in placed:
+        groups.setdefault((len(chunk.block_table) - 1).bit_length(), []).append((row, chunk))
+    return tuple(_decode_group(group, block_size, device) for group in groups.values())
+
+
+def _decode_group(
+    placed: Sequence[tuple[int, PlannedChunk]], block_size: int, device: torch.device
+) -> DecodeGroup:
+    tables = [chunk.block_table for _, chunk in placed]
+    widest = max(len(table) for table in tables)
+    # Filled up with a block of the same sequence: what stands there is this sequence's own, so no
+    # other sequence's values, whatever they are, come near this one's sums.
+    padded = [table + table[:1] * (widest - len(table)) for table in tables]
+    lengths = tuple(chunk.start + 1 for _, chunk in placed)
+    slots = torch.arange(widest * block_size)
+    return DecodeGroup(
+        rows=torch.tensor([row for row, _ in placed]).to(device),
+        block_tables=torch.tensor(padded).to(device),
+        lengths=lengths,
+        mask=(slots < torch.tensor(lengths)[:, None]).to(device),
+    )

@@ -1,0 +1,24 @@
+"""Rotary position embeddings: the tables of angles.
+
+Always fp32: in bf16 the angles of late positions are off by whole turns.
+"""
+
+import torch
+from torch import Tensor
+
+
+class RotaryTable:
+    """Cosines and sines of every position; pair ``i`` of a head is (i, i + head_dim / 2)."""
+
+    def __init__(
+        self, *, head_dim: int, context_length: int, theta: float, device: torch.device
+    ) -> None:
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        frequencies = 1.0 / theta**exponents  # [head_dim / 2] turns fast, then slow
+        angles = torch.outer(torch.arange(context_length, dtype=torch.float32), frequencies)
+        self._cos = angles.cos().to(device)
+        self._sin = angles.sin().to(device)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines, each ``[T, head_dim / 2]`` fp32, of ``positions`` ``[T]``."""
+        return self._cos[positions], self._sin[positions]

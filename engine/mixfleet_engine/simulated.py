@@ -1,0 +1,196 @@
+"""A simulated engine: the same door, no model, no torch.
+
+For tests of a whole fleet, and for trying one on a machine that cannot run a model. Requests are
+batched, chunked and preempted by the real scheduler; only the forward pass is replaced, by a
+sleep and by tokens that hang on nothing but the prompt, the seed and the position. So an answer
+is the same on any worker and in any batch, and goes on alike when another worker continues it.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Collection
+from collections.abc import Sequence as Row
+from dataclasses import dataclass, field
+
+from mixfleet_engine.engine import Engine
+from mixfleet_engine.errors import ConfigError, InvalidRequestError
+from mixfleet_engine.request import GenerateRequest, StepOutput
+from mixfleet_engine.scheduler import Scheduler
+from mixfleet_engine.step import StepPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Script:
+    """What one request will be told."""
+
+    key: bytes
+    """Digest of prompt and seed."""
+    token_ids: Row[int]
+    stop_token_ids: Collection[int]
+    stops_at: int | None
+    """Position of the stop token; None when only ``max_tokens`` ends the answer."""
+
+    def token(self, position: int) -> int:
+        """The answer's token number ``position``, counted from 0."""
+        if self.stops_at is not None and position >= self.stops_at:
+            return min(self.stop_token_ids)
+        digest = hashlib.blake2b(position.to_bytes(8, "little"), key=self.key, digest_size=8)
+        index = int.from_bytes(digest.digest(), "little")
+        # At least one is no stop token, which was checked when the request came.
+        while (token_id := self.token_ids[index % len(self.token_ids)]) in self.stop_token_ids:
+            index += 1
+        return token_id
+
+
+@dataclass(slots=True)
+class _ScriptReader:
+    """The runner: takes its time and reads the tokens from the scripts."""
+
+    num_blocks: int
+    block_size: int
+    step_s: float
+    token_s: float
+    sleep: Callable[[float], None]
+    scripts: dict[str, _Script] = field(default_factory=dict)
+    """By request id; the engine adds and removes them."""
+
+    def run(self, plan: StepPlan) -> list[int]:
+        # First the tokens: a request may be aborted while this sleeps.
+        sampled = [
+            self.scripts[chunk.request_id].token(chunk.position)
+            for chunk in plan.chunks
+            if chunk.samples
+        ]
+        if (duration_s := self.step_s + self.token_s * plan.num_tokens) > 0:
+            self.sleep(duration_s)
+        return sampled
+
+
+class SimulatedEngine(Engine):
+    """Implements :class:`~mixfleet_engine.door.GenerationEngine` without a model.
+
+    Args:
+        token_ids: The tokens that answers are made of, those of plain text for instance.
+        vocab_size: Ids in requests must lie below it; None: up to the highest of ``token_ids``.
+        context_length: Most tokens of prompt and answer together.
+        max_batch_size: Most requests that run at once.
+        max_step_tokens: Most tokens in a step; None: 512, or ``max_batch_size`` if that is more.
+        num_blocks: Blocks of the pretended KV cache; None: room for a full batch of full contexts.
+        block_size: Tokens per block.
+        answer_lengths: An answer ends with a stop token (the lowest of the request's) after one of
+            these numbers of tokens, the stop token included; prompt and seed choose which. None,
+            or a request without stop tokens: the answer goes on to ``max_tokens``.
+        step_s: Seconds that every step takes.
+        token_s: Seconds that every token of a step takes on top.
+        sleep: Called with the seconds of each step that takes any.
+
+    Raises:
+        ConfigError: A number is impossible.
+    """
+
+    def __init__(
+        self,
+        *,
+        token_ids: Row[int],
+        vocab_size: int | None = None,
+        context_length: int = 4096,
+        max_batch_size: int = 8,
+        max_step_tokens: int | None = None,
+        num_blocks: int | None = None,
+        block_size: int = 16,
+        answer_lengths: range | None = None,
+        step_s: float = 0.0,
+        token_s: float = 0.0,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        _check(token_ids, answer_lengths, step_s=step_s, token_s=token_s, block_size=block_size)
+        full = max_batch_size * -(-context_length // block_size)
+        scheduler = Scheduler(
+            num_blocks=full if num_blocks is None else num_blocks,
+            block_size=block_size,
+            max_batch_size=max_batch_size,
+            max_step_tokens=max(512, max_batch_size)
+            if max_step_tokens is None
+            else max_step_tokens,
+            context_length=context_length,
+            vocab_size=max(token_ids) + 1 if vocab_size is None else vocab_size,
+        )
+        self._reader = _ScriptReader(scheduler.num_blocks, block_size, step_s, token_s, sleep)
+        self._token_ids = token_ids
+        self._answer_lengths = answer_lengths
+        super().__init__(self._reader, scheduler)
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Queue ``request``; it joins at the next step that has room.
+
+        Raises:
+            RequestRejectedError: It can never run here. Nothing was queued.
+        """
+        script = self._script(request)
+        super().submit(request)
+        self._reader.scripts[request.request_id] = script
+
+    def abort(self, request_id: str) -> bool:
+        """Forget a request and free all it holds; whether there was one."""
+        self._reader.scripts.pop(request_id, None)
+        return super().abort(request_id)
+
+    def step(self) -> list[StepOutput]:
+        """Pretend one forward pass over everything that is ready and return the new tokens."""
+        outputs = super().step()
+        for output in outputs:
+            if output.finish_reason is not None:
+                del self._reader.scripts[output.request_id]
+        return outputs
+
+    def answer(self, request: GenerateRequest) -> tuple[int, ...]:
+        """The whole answer that any such engine gives to ``request``, at once.
+
+        Raises:
+            InvalidRequestError: All tokens of the engine are stop tokens of the request.
+        """
+        script = self._script(request)
+        token_ids: list[int] = []
+        while len(token_ids) < request.max_tokens:
+            token_ids.append(script.token(len(token_ids)))
+            if token_ids[-1] in request.stop_token_ids:
+                break
+        return tuple(token_ids)
+
+    def _script(self, request: GenerateRequest) -> _Script:
+        stop_token_ids = request.stop_token_ids
+        if all(token_id in stop_token_ids for token_id in self._token_ids):
+            raise InvalidRequestError(
+                f"stop_token_ids: all {len(self._token_ids)} tokens of the simulated engine are"
+            )
+        origin = repr((request.prompt_token_ids, request.sampling.seed)).encode()
+        key = hashlib.blake2b(origin, digest_size=32).digest()
+        stops_at = None
+        if self._answer_lengths is not None and stop_token_ids:
+            choice = int.from_bytes(key[:8], "little") % len(self._answer_lengths)
+            stops_at = self._answer_lengths[choice] - 1
+        return _Script(
+            key=key,
+            token_ids=self._token_ids,
+            stop_token_ids=stop_token_ids,
+            stops_at=stops_at,
+        )
+
+
+def _check(
+    token_ids: Row[int],
+    answer_lengths: range | None,
+    *,
+    step_s: float,
+    token_s: float,
+    block_size: int,
+) -> None:
+    if not token_ids or min(token_ids) < 0:
+        raise ConfigError(f"token_ids={token_ids}: must hold at least one id and none below 0")
+    if answer_lengths is not None and (not answer_lengths or min(answer_lengths) < 1):
+        raise ConfigError(f"answer_lengths={answer_lengths}: must hold at least one number, from 1")
+    for name, value in (("step_s", step_s), ("token_s", token_s)):
+        if not value >= 0.0:
+            raise ConfigError(f"{name}={value}: must be 0 or more")
+    if block_size < 1:
+        raise ConfigError(f"block_size={block_size}: must be at least 1")

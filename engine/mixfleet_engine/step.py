@@ -1,0 +1,58 @@
+"""What one step of the engine computes, as plain integers.
+
+A plan holds no object of the scheduler, so that it can be sent to every tensor-parallel rank as
+it is. It knows nothing of tensors either: ``batch.py`` turns it into them.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from mixfleet_engine.request import SamplingParams
+
+NO_TOKEN: Final = -1
+"""What a runner returns for a chunk whose logits are not finite."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedChunk:
+    """A run of neighbouring tokens of one sequence that goes through the model in this step.
+
+    A decode is a chunk of one token; a prefill is one chunk or, when the prompt is long, several
+    in consecutive steps. Example, a prompt of 5 tokens in blocks of 4, at most 3 tokens a step::
+
+        step 1   start=0  token_ids=(p0, p1, p2)  block_table=(7,)     samples=False
+        step 2   start=3  token_ids=(p3, p4)      block_table=(7, 2)   samples=True   position=0
+        step 3   start=5  token_ids=(a0,)         block_table=(7, 2)   samples=True   position=1
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    """Tokens to run through the model in this step, at least one."""
+    start: int
+    """Position of the first of them in the sequence: so many tokens are in the KV cache already."""
+    block_table: tuple[int, ...]
+    """The blocks of positions ``0 .. start + len(token_ids) - 1``, in order, and no others."""
+    samples: bool
+    """Whether a token is sampled after the last one; False inside a chunked prefill."""
+    sampling: SamplingParams
+    position: int
+    """Number of answer tokens before the sampled one, 0 for the first. It goes with the seed, and
+    means nothing where the chunk does not sample."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """Everything that one forward pass computes."""
+
+    chunks: tuple[PlannedChunk, ...]
+    """One chunk per sequence that takes part; decodes first. Empty when nothing is ready."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that go through the model."""
+        return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+    @property
+    def num_samples(self) -> int:
+        """Tokens that the runner returns: one per chunk that samples."""
+        return sum(chunk.samples for chunk in self.chunks)

@@ -1,0 +1,136 @@
+"""`mixfleet up` as a newcomer meets it, with the simulated engine."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mixfleet import Client
+from mixfleet_broker.embedded import EmbeddedRedis, running_url
+from support.worker_process import until
+
+pytestmark = pytest.mark.slow
+
+UP = (sys.executable, "-m", "mixfleet", "up", "--simulated", "--simulated-step-s", "0")
+
+
+class UpProcess:
+    """One `mixfleet up` in a data directory of its own."""
+
+    def __init__(self, data_dir: Path, *arguments: str) -> None:
+        self.data_dir = data_dir
+        self._out = data_dir.parent / "up.out"
+        environment = {k: v for k, v in os.environ.items() if k != "REDIS_URL"}
+        with self._out.open("wb") as out:
+            self.process = subprocess.Popen(
+                [*UP, "--data-dir", str(data_dir), *arguments],
+                stdout=out,
+                stderr=out,
+                env=environment,
+            )
+
+    @property
+    def output(self) -> str:
+        return self._out.read_text()
+
+    def await_line(self, pattern: str) -> str:
+        until(lambda: re.search(pattern, self.output) is not None, f"{pattern}", 60.0)
+        found = re.search(pattern, self.output)
+        assert found is not None
+        return found[found.re.groups]
+
+    def worker_pid(self) -> int:
+        return int(self.await_line(r"worker 1: process (\d+), log"))
+
+    def end(self) -> int:
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(timeout=30)
+
+
+@pytest.fixture
+def up(tmp_path: Path) -> Iterator[UpProcess]:
+    running = UpProcess(tmp_path / "data")
+    yield running
+    if running.process.poll() is None:
+        running.end()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def ask(data_dir: Path) -> str:
+    url = running_url(data_dir)
+    assert url is not None
+    with Client(url) as client:
+        return client.chat("hello", temperature=0.0, seed=1).result().text
+
+
+def test_one_command_starts_everything_and_ctrl_c_ends_it(up: UpProcess) -> None:
+    up.await_line("ready in")
+    assert "chat" in up.output
+    assert "from mixfleet import Client" in up.output
+    assert len(ask(up.data_dir).split()) >= 19
+    worker_pid = up.worker_pid()
+    assert up.end() == 0
+    assert not is_running(worker_pid)
+    assert running_url(up.data_dir) is None
+
+
+def test_a_second_one_says_that_one_is_running(up: UpProcess) -> None:
+    up.await_line("ready in")
+    second = subprocess.run(
+        [*UP, "--data-dir", str(up.data_dir)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert second.returncode == 1
+    assert f"running already for {up.data_dir} (process {up.process.pid})" in second.stderr
+    assert ask(up.data_dir)
+
+
+def test_a_worker_that_dies_is_started_again(up: UpProcess) -> None:
+    up.await_line("ready in")
+    first = up.worker_pid()
+    os.kill(first, signal.SIGKILL)
+    up.await_line(rf"process {first} ended \(signal 9\)")
+    assert int(up.await_line(r"started again, process (\d+)")) != first
+    assert ask(up.data_dir)
+
+
+def test_a_redis_that_dies_is_started_again_with_its_data(up: UpProcess) -> None:
+    up.await_line("ready in")
+    before = ask(up.data_dir)
+    os.kill(int(up.await_line(r"embedded, process (\d+)")), signal.SIGKILL)
+    up.await_line("redis: died")
+    until(lambda: running_url(up.data_dir) is not None, "redis is back")
+    assert ask(up.data_dir) == before
+
+
+def test_a_worker_that_cannot_start_is_shown_and_everything_ends(tmp_path: Path) -> None:
+    up = UpProcess(tmp_path / "data", "--max-batch-size", "8", "--max-step-tokens", "4")
+    assert up.process.wait(timeout=30) == 1
+    assert "max_step_tokens=4" in up.output
+    assert running_url(up.data_dir) is None
+
+
+def test_workers_end_by_themselves_when_up_was_killed(up: UpProcess) -> None:
+    up.await_line("ready in")
+    worker_pid = up.worker_pid()
+    up.process.kill()
+    up.process.wait()
+    until(lambda: not is_running(worker_pid), "the worker has ended")
+    with EmbeddedRedis(up.data_dir):  # adopts the server that was left, and ends it
+        assert running_url(up.data_dir) is not None
+    assert running_url(up.data_dir) is None

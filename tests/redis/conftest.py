@@ -1,0 +1,6 @@
+"""All tests in this folder need a real server."""
+
+from support.redis_server import no_redis as no_redis
+from support.redis_server import redis as redis
+from support.redis_server import redis_server as redis_server
+from support.redis_server import redis_url as redis_url

@@ -1,0 +1,108 @@
+"""A real server on a unix socket, once per session, and empty for each test.
+
+A folder's conftest takes what it needs: ``from support.redis_server import redis as redis``, with
+``redis_server`` and ``redis_url``, on which it depends.
+"""
+
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pytest
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from mixfleet_broker.server_binary import find_server
+
+START_LIMIT_S = 20.0
+
+
+class RedisServer:
+    """A server without persistence in a directory of its own, as a context manager."""
+
+    def __init__(self, *options: str) -> None:
+        # Not pytest's tmp_path: a socket's path may have about a hundred characters.
+        self._directory = Path(tempfile.mkdtemp(prefix="mixfleet-"))
+        self._socket = self._directory / "redis.sock"
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self._socket}"
+
+    def client(self) -> Redis:
+        return Redis.from_url(self.url)
+
+    def __enter__(self) -> Self:
+        command = [str(find_server()), "--port", "0", "--unixsocket", str(self._socket)]
+        command += ["--dir", str(self._directory), "--save", "", "--appendonly", "no"]
+        command += self._options
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            self._wait_until_it_answers(self._process)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        shutil.rmtree(self._directory)
+
+    def _wait_until_it_answers(self, process: "subprocess.Popen[bytes]") -> None:
+        deadline = time.monotonic() + START_LIMIT_S
+        with self.client() as client:
+            while not _answers(client):
+                if time.monotonic() > deadline or process.poll() is not None:
+                    raise RuntimeError(f"no server: exit status {process.poll()}")
+                time.sleep(0.01)
+
+
+def _answers(client: Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except RedisError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    """The URL of an empty server."""
+    with redis_server.client() as client:
+        client.flushall()
+    return redis_server.url
+
+
+@pytest.fixture
+def redis(redis_url: str) -> Iterator[Redis]:
+    """A client of an empty server; its replies are bytes."""
+    with Redis.from_url(redis_url) as client:
+        yield client
+
+
+@pytest.fixture
+def no_redis() -> Iterator[Redis]:
+    """A client of a server that is not there, and that does not try twice."""
+    with Redis(unix_socket_path="/nowhere/redis.sock", retry=Retry(NoBackoff(), 0)) as client:
+        yield client

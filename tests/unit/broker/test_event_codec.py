@@ -1,0 +1,97 @@
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixfleet_broker.errors import MessageError
+from mixfleet_broker.event_codec import (
+    decode_event,
+    encode_chunk,
+    encode_end,
+    encode_run_start,
+)
+from mixfleet_broker.messages import JobEnd, RunStarted, TokenChunk, Usage
+
+ENDS = [
+    JobEnd(state="finished", finish_reason="stop"),
+    JobEnd(
+        state="finished",
+        finish_reason="length",
+        usage=Usage(prompt_tokens=7, completion_tokens=0),
+    ),
+    JobEnd(state="failed", code="prompt_too_long", message="prompt of 9 tokens"),
+    JobEnd(state="failed", code="worker_lost"),
+    JobEnd(state="canceled"),
+]
+
+
+@given(st.text(), st.lists(st.integers(0, 2**31 - 1)), st.integers(0, 1000))
+def test_a_chunk_survives_the_wire(text: str, token_ids: list[int], before: int) -> None:
+    num_tokens = before + len(token_ids)
+    chunk = TokenChunk(num_tokens=num_tokens, text=text, token_ids=tuple(token_ids))
+    assert decode_event("t", 5, num_tokens, encode_chunk(chunk)) == chunk
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_end_survives_the_wire(end: JobEnd) -> None:
+    assert decode_event("e", 5, 2, encode_end(end)) == end
+
+
+def test_the_start_of_a_run_survives_the_wire() -> None:
+    event = decode_event("a", 1764000000000, 12, encode_run_start("gpu-1"))
+    assert event == RunStarted(run=1764000000000, worker_id="gpu-1", num_tokens=12)
+
+
+def test_a_chunk_of_one_token_takes_few_bytes() -> None:
+    chunk = TokenChunk(num_tokens=1000, text=" answer", token_ids=(31999,))
+    assert len(encode_chunk(chunk)) <= 20
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        JobEnd(state="finished"),
+        JobEnd(state="finished", finish_reason="stop", code="x"),
+        JobEnd(state="failed"),
+        JobEnd(state="failed", code="x", finish_reason="stop"),
+        JobEnd(state="canceled", finish_reason="stop"),
+        JobEnd(state="canceled", code="x"),
+    ],
+)
+def test_an_end_that_contradicts_itself_is_refused(end: JobEnd) -> None:
+    with pytest.raises(MessageError, match=f"state '{end.state}'"):
+        encode_end(end)
+
+
+def test_a_chunk_cannot_hold_more_tokens_than_the_answer() -> None:
+    chunk = TokenChunk(num_tokens=1, text="", token_ids=(1, 2))
+    with pytest.raises(MessageError, match="2 new tokens in an answer of 1"):
+        encode_chunk(chunk)
+    body = msgpack.packb({"t": "", "i": [1, 2]})
+    with pytest.raises(MessageError, match="2 new tokens in an answer of 1"):
+        decode_event("t", 5, 1, body)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("x", {}),
+        ("", {}),
+        ("a", {}),
+        ("a", {"w": 7}),
+        ("a", {"w": "gpu", "more": 1}),
+        ("t", {"t": "x"} | {"n": 1}),
+        ("t", {"i": [1]}),
+        ("t", {"t": "x", "i": ["1"]}),
+        ("t", {"t": "x", "i": [-1]}),
+        ("t", {"t": b"x", "i": [1]}),
+        ("e", {"s": "lost"}),
+        ("e", {"s": "finished", "r": "bored"}),
+        ("e", {"s": "finished", "r": "stop", "u": [1]}),
+        ("e", {"s": "finished", "r": "stop", "u": 5}),
+        ("e", []),
+    ],
+)
+def test_events_that_are_not_of_the_schema_are_refused(kind: str, value: object) -> None:
+    with pytest.raises(MessageError):
+        decode_event(kind, 5, 3, msgpack.packb(value))

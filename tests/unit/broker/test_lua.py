@@ -1,0 +1,104 @@
+import re
+from typing import Any, cast
+
+import pytest
+from redis import Redis
+from redis.exceptions import NoScriptError, ResponseError
+
+from mixfleet_broker.lua import (
+    SCRIPT_NAMES,
+    ScriptName,
+    Scripts,
+    script_digest,
+    script_text,
+)
+
+
+class FakeServer:
+    """A server that knows no script, and no flags either if it is old."""
+
+    def __init__(self, *, knows_flags: bool, broken: bool = False) -> None:
+        self._knows_flags = knows_flags
+        self._broken = broken
+        self._known: set[str] = set()
+        self.calls: list[str] = []
+
+    def evalsha(self, digest: str, *arguments: Any) -> tuple[Any, ...]:
+        self.calls.append("evalsha")
+        if digest not in self._known:
+            raise NoScriptError("No matching script")
+        return arguments
+
+    def script_load(self, text: str) -> None:
+        self.calls.append("load")
+        if self._broken or (text.startswith("#!") and not self._knows_flags):
+            raise ResponseError("Error compiling script")
+        flagged = text.startswith("#!")
+        self._known |= {
+            script_digest(name, with_flags=flagged)
+            for name in SCRIPT_NAMES
+            if script_text(name, with_flags=flagged) == text
+        }
+
+
+def own_text(name: ScriptName) -> str:
+    """The script without what is put before it."""
+    whole = script_text(name, with_flags=False)
+    return whole[whole.rindex("\n-- KEYS[1]  rq's list") :]
+
+
+@pytest.mark.parametrize("name", SCRIPT_NAMES)
+def test_a_script_says_what_goes_in_what_comes_out_and_what_holds(name: ScriptName) -> None:
+    text = own_text(name)
+    for heading in ("-- KEYS[1]", "-- ARGV", "-- Result", "-- Keeps"):
+        assert heading in text
+
+
+@pytest.mark.parametrize("name", SCRIPT_NAMES)
+def test_a_script_names_every_argument_that_it_reads(name: ScriptName) -> None:
+    header, body = own_text(name).split("-- Keeps", 1)
+    named = {int(number) for number in re.findall(r"(?:ARGV +|, |\n-- +)(\d+) [a-z]", header)}
+    read = {int(number) for number in re.findall(r"ARGV\[(\d+)\]", body)}
+    assert read <= named
+
+
+def test_only_submit_is_refused_by_a_full_server() -> None:
+    for name in SCRIPT_NAMES:
+        first_line = script_text(name, with_flags=True).splitlines()[0]
+        assert first_line == ("#!lua" if name == "submit" else "#!lua flags=allow-oom")
+
+
+def test_an_old_server_gets_no_flags() -> None:
+    for name in SCRIPT_NAMES:
+        assert "#!" not in script_text(name, with_flags=False)
+
+
+def test_no_script_asks_for_a_clock_of_its_own() -> None:
+    for name in SCRIPT_NAMES:
+        whole = script_text(name, with_flags=True)
+        assert whole.count("redis.call('TIME')") == 1
+        assert "os." not in whole
+
+
+def test_a_script_is_loaded_once_and_then_called_by_its_digest() -> None:
+    server = FakeServer(knows_flags=True)
+    scripts = Scripts(cast(Redis, server))
+    assert scripts.run("cancel", "tiny", "job1") == (1, "rq:queue:tiny", "tiny", "job1")
+    scripts.run("cancel", "tiny", "job2")
+    assert server.calls == ["evalsha", "load", "evalsha", "evalsha"]
+
+
+def test_a_server_before_version_7_gets_the_scripts_without_flags() -> None:
+    server = FakeServer(knows_flags=False)
+    scripts = Scripts(cast(Redis, server))
+    scripts.run("cancel", "tiny", "job1")
+    assert server.calls == ["evalsha", "load", "load", "evalsha"]
+    scripts.run("cancel", "tiny", "job2")
+    scripts.run("submit", "tiny")
+    assert server.calls[4:] == ["evalsha", "evalsha", "load", "evalsha"]
+
+
+def test_a_server_that_takes_no_script_at_all_is_an_error() -> None:
+    server = FakeServer(knows_flags=False, broken=True)
+    with pytest.raises(ResponseError, match="compiling"):
+        Scripts(cast(Redis, server)).run("cancel", "tiny", "job1")

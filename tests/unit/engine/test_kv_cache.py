@@ -1,0 +1,114 @@
+import resource
+import sys
+
+import pytest
+import torch
+
+from mixfleet_engine.config import EngineConfig
+from mixfleet_engine.errors import ConfigError
+from mixfleet_engine.kv_cache import KvCache, block_bytes, planned_num_blocks
+from support.tiny_model import tiny_config
+
+CPU = torch.device("cpu")
+MODEL = tiny_config(context_length=100)
+TOKEN_BYTES = 2 * 2 * 2 * 16 * 4  # keys and values, 2 layers, 2 heads of 16, fp32
+
+
+def make_cache(num_blocks: int = 4, block_size: int = 4) -> KvCache:
+    return KvCache(
+        MODEL, num_blocks=num_blocks, block_size=block_size, dtype=torch.float32, device=CPU
+    )
+
+
+def test_slots_count_through_the_blocks() -> None:
+    cache = make_cache()
+    keys, values = torch.randn(2, 3, 2, 16, generator=torch.Generator().manual_seed(0))
+    cache.write(1, keys, values, torch.tensor([13, 0, 6]))
+    cached_keys, cached_values = cache.layer(1)
+    for row, (block, offset) in enumerate([(3, 1), (0, 0), (1, 2)]):
+        assert torch.equal(cached_keys[block, offset], keys[row])
+        assert torch.equal(cached_values[block, offset], values[row])
+
+
+def test_a_write_touches_its_own_slots_and_layer_only() -> None:
+    cache = make_cache()
+    ones = torch.ones(1, 2, 16)
+    cache.write(0, ones, ones, torch.tensor([5]))
+    keys, values = cache.layer(0)
+    assert keys.sum() == values.sum() == ones.numel()
+    assert all(part.sum() == 0 for part in cache.layer(1))
+
+
+def test_a_view_of_a_wider_tensor_can_be_written() -> None:
+    cache = make_cache()
+    wide = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
+    cache.write(0, wide[:, :2], wide[:, -2:], torch.tensor([2, 1, 0]))
+    assert torch.equal(cache.layer(0)[1][0, 0], wide[2, -2:])
+
+
+def test_a_new_cache_is_all_zeros() -> None:
+    cache = make_cache()
+    assert all(not part.any() for layer in range(2) for part in cache.layer(layer))
+
+
+def test_a_large_cache_takes_no_memory_before_it_is_used() -> None:
+    def peak_bytes() -> int:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    before = peak_bytes()
+    cache = make_cache(num_blocks=1 << 20)  # 2 GiB
+    assert cache.layer(1)[1].shape[0] == 1 << 20
+    assert peak_bytes() - before < 100 << 20
+
+
+def test_a_layer_is_blocks_by_tokens_by_heads_by_width() -> None:
+    keys, values = make_cache(num_blocks=7, block_size=4).layer(0)
+    assert keys.shape == values.shape == (7, 4, 2, 16)
+
+
+def test_block_bytes_are_what_the_tensors_take() -> None:
+    cache = make_cache(num_blocks=1, block_size=4)
+    taken = sum(part.nbytes for layer in range(MODEL.n_layers) for part in cache.layer(layer))
+    assert block_bytes(MODEL, 4, torch.float32) == taken == 4 * TOKEN_BYTES
+
+
+def planned(config: EngineConfig) -> int:
+    return planned_num_blocks(MODEL, config, torch.float32, CPU)
+
+
+def test_num_blocks_is_taken_as_it_is() -> None:
+    assert planned(EngineConfig(num_blocks=123)) == 123
+
+
+def test_kv_cache_bytes_hold_whole_blocks_only() -> None:
+    one = 16 * TOKEN_BYTES
+    assert planned(EngineConfig(kv_cache_bytes=3 * one + 17)) == 3
+
+
+def test_the_default_is_a_full_context_for_each_of_a_full_batch() -> None:
+    assert planned(EngineConfig(max_batch_size=3)) == 3 * 7, "7 blocks of 16 hold 100 tokens"
+    assert planned(EngineConfig(max_batch_size=3, context_length=16)) == 3
+
+
+def test_the_default_on_a_cpu_stays_within_2_gib() -> None:
+    config = EngineConfig(max_batch_size=512)
+    model = tiny_config(context_length=1 << 20)
+    num_blocks = planned_num_blocks(model, config, torch.float32, CPU)
+    assert num_blocks * 16 * TOKEN_BYTES == 2 << 30
+
+
+def test_memory_for_less_than_one_block_is_refused_with_numbers() -> None:
+    with pytest.raises(ConfigError, match=r"100 bytes of KV cache hold no block, .* 8192 bytes"):
+        planned(EngineConfig(kv_cache_bytes=100))
+
+
+def test_cleared_blocks_are_zeros_in_all_layers_and_the_others_stay() -> None:
+    cache = make_cache()
+    ones = torch.ones(16, 2, 16)
+    for layer in range(MODEL.n_layers):
+        cache.write(layer, ones, ones, torch.arange(16))
+    cache.clear([3, 1])
+    for layer in range(MODEL.n_layers):
+        for part in cache.layer(layer):
+            assert part.sum(dim=(1, 2, 3)).tolist() == [128.0, 0.0, 128.0, 0.0]

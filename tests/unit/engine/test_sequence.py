@@ -1,0 +1,73 @@
+import pytest
+
+from mixfleet_engine.request import SamplingParams
+from mixfleet_engine.sequence import Sequence
+from support.engine_requests import make_request
+
+
+def test_a_new_sequence_has_everything_pending() -> None:
+    sequence = Sequence(make_request(prompt=(5, 6, 7)))
+    assert (sequence.num_tokens, sequence.num_output) == (3, 0)
+    assert (sequence.num_cached, sequence.num_pending) == (0, 3)
+    assert sequence.block_table == []
+
+
+def test_a_continued_answer_is_pending_together_with_its_prompt() -> None:
+    sequence = Sequence(make_request(prompt=(5, 6, 7), output=(8, 9), max_tokens=3))
+    assert sequence.token_ids == [5, 6, 7, 8, 9]
+    assert (sequence.num_output, sequence.num_pending) == (2, 5)
+
+
+def test_a_chunk_inside_the_prompt_does_not_sample() -> None:
+    sequence = Sequence(make_request("id", prompt=(5, 6, 7), sampling=SamplingParams(seed=3)))
+    sequence.block_table = [4, 2]
+    chunk = sequence.chunk(2, 1)
+    assert (chunk.request_id, chunk.sampling) == ("id", SamplingParams(seed=3))
+    assert (chunk.token_ids, chunk.start, chunk.block_table) == ((5, 6), 0, (4,))
+    assert not chunk.samples
+
+
+def test_the_chunk_that_ends_the_prompt_samples_position_0() -> None:
+    sequence = Sequence(make_request(prompt=(5, 6, 7)))
+    sequence.block_table = [4, 2]
+    sequence.num_cached = 2
+    chunk = sequence.chunk(1, 2)
+    assert (chunk.token_ids, chunk.start, chunk.block_table) == ((7,), 2, (4, 2))
+    assert (chunk.samples, chunk.position) == (True, 0)
+
+
+def test_the_position_counts_the_tokens_of_an_earlier_run() -> None:
+    sequence = Sequence(make_request(prompt=(5,), output=(8, 9), max_tokens=4))
+    chunk = sequence.chunk(3, 0)
+    assert (chunk.samples, chunk.position) == (True, 2)
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "reasons"),
+    [
+        ((1, 1, 1), [None, None, "length"]),
+        ((1, 9), [None, "stop"]),
+        ((9,), ["stop"]),
+        ((1, 1, 9), [None, None, "stop"]),  # a stop token on the last allowed place
+    ],
+)
+def test_an_answer_ends_with_a_stop_token_or_at_max_tokens(
+    token_ids: tuple[int, ...], reasons: list[str | None]
+) -> None:
+    sequence = Sequence(make_request(max_tokens=3, stops=(9,)))
+    assert [sequence.append(token_id) for token_id in token_ids] == reasons
+
+
+def test_a_stop_token_in_the_prompt_ends_nothing() -> None:
+    sequence = Sequence(make_request(prompt=(9, 9), max_tokens=3, stops=(9,)))
+    assert sequence.append(1) is None
+
+
+def test_dropping_the_cache_keeps_the_tokens() -> None:
+    sequence = Sequence(make_request(prompt=(5, 6), max_tokens=3))
+    sequence.block_table = [4, 2]
+    sequence.num_cached = 2
+    sequence.append(8)
+    assert sequence.drop_cache() == [4, 2]
+    assert (sequence.token_ids, sequence.block_table) == ([5, 6, 8], [])
+    assert (sequence.num_cached, sequence.num_pending, sequence.num_output) == (0, 3, 1)

@@ -1,0 +1,233 @@
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixfleet_engine.door import GenerationEngine
+from mixfleet_engine.errors import ConfigError, InvalidRequestError, PromptTooLongError
+from mixfleet_engine.request import SamplingParams
+from mixfleet_engine.simulated import SimulatedEngine
+from support.engine_requests import make_request, run_to_end
+
+
+def make_engine(**changes: Any) -> SimulatedEngine:
+    settings_: dict[str, Any] = {"token_ids": range(100, 200), "vocab_size": 256}
+    return SimulatedEngine(**{**settings_, **changes})
+
+
+def answer(engine: SimulatedEngine, **fields: Any) -> tuple[int, ...]:
+    ((token_ids, _),) = run_to_end(engine, [make_request(**fields)]).values()
+    return token_ids
+
+
+def test_the_simulated_engine_fits_the_door() -> None:
+    engine: GenerationEngine = make_engine(context_length=64, max_batch_size=3)
+    assert (engine.context_length, engine.free_slots, engine.free_tokens) == (64, 3, 192)
+    assert not engine.has_work
+
+
+def test_importing_it_needs_no_torch() -> None:
+    program = "import sys, mixfleet_engine.simulated; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_an_answer_is_made_of_the_given_tokens() -> None:
+    engine = make_engine(token_ids=(7, 9))
+    assert set(answer(engine, max_tokens=40)) == {7, 9}
+
+
+def test_the_same_request_gets_the_same_answer_on_any_worker() -> None:
+    assert answer(make_engine(), max_tokens=20) == answer(make_engine(), max_tokens=20)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"prompt": (1, 2, 4)}, {"prompt": (1, 2)}, {"sampling": SamplingParams(seed=1)}]
+)
+def test_another_prompt_or_seed_gets_another_answer(changes: dict[str, Any]) -> None:
+    other = answer(make_engine(), max_tokens=20, **changes)
+    assert other != answer(make_engine(), max_tokens=20)
+
+
+def test_max_tokens_only_cuts_the_answer() -> None:
+    assert answer(make_engine(), max_tokens=5) == answer(make_engine(), max_tokens=9)[:5]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    delivered=st.integers(0, 29),
+    num_blocks=st.integers(10, 20),
+    max_step_tokens=st.integers(4, 12),
+    lengths=st.one_of(st.none(), st.builds(range, st.integers(1, 9), st.integers(10, 40))),
+)
+def test_a_crowd_gets_the_answers_foretold_whole_or_continued(
+    delivered: int, num_blocks: int, max_step_tokens: int, lengths: range | None
+) -> None:
+    engine = make_engine(
+        answer_lengths=lengths,
+        num_blocks=num_blocks,
+        block_size=4,
+        max_batch_size=4,
+        max_step_tokens=max_step_tokens,
+    )
+    whole = [make_request(f"r{n}", prompt=(n,), max_tokens=30, stops=(150,)) for n in range(6)]
+    foretold = {request.request_id: engine.answer(request) for request in whole}
+    requests = []
+    for request in whole:
+        head = foretold[request.request_id][: min(delivered, len(foretold[request.request_id]) - 1)]
+        requests.append(
+            make_request(
+                request.request_id,
+                prompt=request.prompt_token_ids,
+                output=head,
+                max_tokens=30,
+                stops=(150,),
+            )
+        )
+    answers = run_to_end(engine, requests)
+    for request in requests:
+        token_ids, reason = answers[request.request_id]
+        assert (*request.output_token_ids, *token_ids) == foretold[request.request_id]
+        assert reason == ("stop" if token_ids[-1] == 150 else "length")
+    assert engine.free_tokens == num_blocks * 4
+
+
+def test_an_answer_has_no_stop_token_before_its_end() -> None:
+    token_ids = answer(make_engine(), max_tokens=500, stops=range(100, 199))
+    assert token_ids == (199,) * 500
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_an_answer_ends_with_the_lowest_stop_token_at_the_given_length(length: int) -> None:
+    engine = make_engine(answer_lengths=range(length, length + 1))
+    request = make_request(max_tokens=50, stops=(2, 150))
+    ((token_ids, reason),) = run_to_end(engine, [request]).values()
+    assert (len(token_ids), token_ids[-1], reason) == (length, 2, "stop")
+    assert not {2, 150} & set(token_ids[:-1])
+
+
+def test_lengths_differ_from_prompt_to_prompt_within_the_given_range() -> None:
+    engine = make_engine(answer_lengths=range(5, 9))
+    lengths = {len(answer(engine, prompt=(n,), max_tokens=99, stops=(2,))) for n in range(40)}
+    assert lengths == {5, 6, 7, 8}
+
+
+def test_without_stop_tokens_the_answer_goes_on_to_max_tokens() -> None:
+    assert len(answer(make_engine(answer_lengths=range(2, 3)), max_tokens=11)) == 11
+
+
+def test_every_step_takes_its_time_and_every_token_too() -> None:
+    slept: list[float] = []
+    engine = make_engine(step_s=0.5, token_s=0.25, sleep=slept.append)
+    answer(engine, prompt=(1, 2, 3), max_tokens=3)
+    assert slept == [1.25, 0.75, 0.75]
+
+
+def test_without_latency_it_never_sleeps() -> None:
+    slept: list[float] = []
+    answer(make_engine(sleep=slept.append))
+    assert slept == []
+
+
+def test_a_step_without_work_takes_no_time() -> None:
+    slept: list[float] = []
+    assert make_engine(step_s=1.0, sleep=slept.append).step() == []
+    assert slept == []
+
+
+def test_aborted_and_finished_requests_can_come_again() -> None:
+    engine = make_engine()
+    expected = answer(engine)
+    engine.submit(make_request())
+    engine.step()
+    assert engine.abort("r")
+    assert not engine.abort("r")
+    assert answer(engine) == expected
+
+
+def test_a_request_can_be_aborted_while_the_step_takes_its_time() -> None:
+    def abort_a(_: float) -> None:
+        assert engine.abort("a")
+
+    engine = make_engine(step_s=1.0, sleep=abort_a)
+    for name in "ab":
+        engine.submit(make_request(name))
+    assert [output.request_id for output in engine.step()] == ["b"]
+
+
+def test_requests_leave_nothing_behind_in_memory() -> None:
+    engine = make_engine()
+    size = len(pickle.dumps(engine))
+    run_to_end(engine, [make_request(f"finished {n}") for n in range(20)])
+    for number in range(20):
+        engine.submit(make_request(f"aborted {number}"))
+    engine.step()
+    for number in range(20):
+        engine.abort(f"aborted {number}")
+    assert len(pickle.dumps(engine)) == size
+
+
+def test_it_refuses_what_a_real_engine_refuses() -> None:
+    engine = make_engine(context_length=16)
+    with pytest.raises(PromptTooLongError):
+        engine.submit(make_request(max_tokens=14))
+    with pytest.raises(InvalidRequestError, match="prompt_token_ids holds 256"):
+        engine.submit(make_request(prompt=(256,)))
+    with pytest.raises(InvalidRequestError, match="seed=-1"):
+        engine.submit(make_request(sampling=SamplingParams(seed=-1)))
+    with pytest.raises(InvalidRequestError, match="prompt_token_ids is empty"):
+        engine.submit(make_request(prompt=()))
+    assert not engine.has_work
+
+
+def test_a_second_request_with_a_live_id_leaves_the_first_as_it_was() -> None:
+    engine = make_engine()
+    first = make_request(max_tokens=6)
+    engine.submit(first)
+    with pytest.raises(InvalidRequestError, match="request_id='r'"):
+        engine.submit(make_request(prompt=(9, 9)))
+    assert run_to_end(engine)["r"][0] == engine.answer(first)
+
+
+def test_a_request_whose_stop_tokens_are_all_it_could_say_is_refused() -> None:
+    engine = make_engine(token_ids=(7, 8))
+    with pytest.raises(InvalidRequestError, match="all 2 tokens"):
+        engine.submit(make_request(stops=(7, 8, 9)))
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"token_ids": ()}, "token_ids"),
+        ({"token_ids": (-1, 3)}, "token_ids"),
+        ({"answer_lengths": range(0)}, "answer_lengths"),
+        ({"answer_lengths": range(3)}, "answer_lengths"),
+        ({"step_s": -0.1}, "step_s=-0.1"),
+        ({"token_s": float("nan")}, "token_s=nan"),
+        ({"num_blocks": 0}, "num_blocks=0"),
+        ({"block_size": 0}, "block_size=0"),
+        ({"max_batch_size": 0}, "max_batch_size=0"),
+        ({"max_step_tokens": 0}, "max_step_tokens=0"),
+        ({"context_length": 0}, "context_length=0"),
+        ({"vocab_size": 0}, "vocab_size=0"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        make_engine(**changes)
+
+
+def ids(engine: SimulatedEngine, steps: int) -> Iterable[str]:
+    return [output.request_id for _ in range(steps) for output in engine.step()]
+
+
+def test_no_more_requests_run_at_once_than_the_batch_holds() -> None:
+    engine = make_engine(max_batch_size=2)
+    for name in "abc":
+        engine.submit(make_request(name, max_tokens=2))
+    assert ids(engine, 3) == ["a", "b", "a", "b", "c"]

@@ -1,0 +1,68 @@
+"""The docs are true: generated tables are current, links lead somewhere, commands exist."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    path
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("docs/adr/*.md")]
+    if not path.parts[len(ROOT.parts)].startswith(".")
+)
+
+
+def page_id(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=page_id)
+def test_generated_parts_are_current(page: Path, generate: ModuleType) -> None:
+    text = page.read_text()
+    assert text == generate.generated(text), "run: python docs/generate.py"
+
+
+@pytest.mark.parametrize("name", ["errors", "keys", "settings"])
+def test_every_generated_table_stands_on_a_page(name: str) -> None:
+    pages = [page.read_text() for page in (ROOT / "docs").glob("*.md")]
+    assert sum(f"<!-- generated: {name} -->" in text for text in pages) == 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_commands_named_in_the_docs_exist(page: Path) -> None:
+    from mixfleet.cli import main
+
+    named = set(re.findall(r"`(?:\.venv/bin/)?mixfleet ([a-z]+)", page.read_text()))
+    assert named <= set(main.list_commands(None))
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=page_id
+)
+def test_python_examples_compile(page: Path) -> None:
+    for example in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        compile(example, str(page), "exec")
+
+
+def test_the_changelog_opens_with_what_is_not_released_yet() -> None:
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == "[Unreleased]"

@@ -1,0 +1,99 @@
+import time
+
+import pytest
+
+from mixfleet_broker.messages import JobEnd, TokenChunk, new_job_id
+from mixfleet_worker.handoff import ChunkWrite, EndWrite, JobTimes
+from mixfleet_worker.held import LONGEST_WAIT_S, HeldJob, waited_s
+from support.fake_session import chunk_write
+from support.worker_jobs import a_lease
+
+LEASE = a_lease()
+
+
+def a_held_job() -> HeldJob:
+    return HeldJob(lease=LEASE, renewed_at=0.0)
+
+
+def an_end(chunk: TokenChunk | None = None) -> EndWrite:
+    end = JobEnd(state="finished", finish_reason="stop")
+    return EndWrite(lease=LEASE, end=end, chunk=chunk, times=JobTimes(claimed_at=0.0, ended_at=1.0))
+
+
+def test_a_write_stays_until_it_is_settled() -> None:
+    job = a_held_job()
+    job.add(chunk_write(LEASE, 1))
+    assert job.next_write() == job.next_write() == chunk_write(LEASE, 1)
+    assert job.has_writes
+    job.settle()
+    assert job.next_write() is None
+    assert not job.has_writes
+
+
+def test_writes_that_wait_become_one() -> None:
+    job = a_held_job()
+    for number, text in ((1, "a"), (2, ""), (3, "c")):
+        job.add(chunk_write(LEASE, number, text))
+    assert job.next_write() == ChunkWrite(
+        lease=LEASE, chunk=TokenChunk(num_tokens=3, text="ac", token_ids=(1, 2, 3))
+    )
+
+
+def test_a_write_that_was_sent_never_changes() -> None:
+    job = a_held_job()
+    job.add(chunk_write(LEASE, 1))
+    job.next_write()
+    job.add(chunk_write(LEASE, 2))
+    job.add(chunk_write(LEASE, 3))
+    assert job.next_write() == chunk_write(LEASE, 1)
+    job.settle()
+    later = job.next_write()
+    assert later is not None
+    assert later.chunk is not None
+    assert later.chunk.token_ids == (2, 3)
+
+
+def test_an_end_takes_the_waiting_chunks_along() -> None:
+    job = a_held_job()
+    job.add(chunk_write(LEASE, 1, "a"))
+    job.add(an_end(TokenChunk(num_tokens=2, text="b", token_ids=(2,))))
+    assert job.has_end
+    assert job.next_write() == an_end(TokenChunk(num_tokens=2, text="ab", token_ids=(1, 2)))
+
+
+def test_an_end_without_a_chunk_keeps_the_waiting_one() -> None:
+    job = a_held_job()
+    job.add(chunk_write(LEASE, 1, "a"))
+    job.add(an_end())
+    assert job.next_write() == an_end(TokenChunk(num_tokens=1, text="a", token_ids=(1,)))
+
+
+def test_an_end_behind_a_sent_chunk_waits_for_its_turn() -> None:
+    job = a_held_job()
+    job.add(chunk_write(LEASE, 1))
+    job.next_write()
+    job.add(an_end())
+    assert job.has_end
+    assert job.next_write() == chunk_write(LEASE, 1)
+    job.settle()
+    assert job.next_write() == an_end()
+
+
+def test_the_id_of_a_job_tells_how_long_it_waited() -> None:
+    job_id = f"{1_700_000_000_500:012x}{'0' * 20}"
+    assert waited_s(job_id, 1_700_000_002.0) == pytest.approx(1.5)
+
+
+def test_a_new_id_has_hardly_waited() -> None:
+    waited = waited_s(new_job_id(), time.time())
+    assert waited is None or waited < 1.0
+
+
+@pytest.mark.parametrize("now", [0.0, 1_700_000_000.0 + 2 * LONGEST_WAIT_S])
+def test_an_impossible_wait_is_no_wait(now: float) -> None:
+    assert waited_s(f"{1_700_000_000_000:012x}{'0' * 20}", now) is None
+
+
+@pytest.mark.parametrize("job_id", ["job1", "c0ffee00-1111-2222-3333-444455556666", "Z" * 32])
+def test_an_id_of_another_form_tells_no_time(job_id: str) -> None:
+    assert waited_s(job_id, 1_700_000_000.0) is None

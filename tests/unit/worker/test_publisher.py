@@ -1,0 +1,191 @@
+from mixfleet_broker.messages import JobEnd, TokenChunk, Usage
+from mixfleet_engine.detokenizer import AnswerText
+from mixfleet_engine.request import FinishReason, GenerateRequest, StepOutput
+from mixfleet_worker.handoff import ChunkWrite, EndWrite, JobTimes, Write
+from mixfleet_worker.intake import AdmittedJob, CompleteJob
+from mixfleet_worker.publisher import Publisher, completion, rejection
+from support.byte_tokenizer import ByteTokenizer
+from support.worker_jobs import a_lease, a_taken_job
+
+TOKENIZER = ByteTokenizer()
+EOS = TOKENIZER.eos_id
+
+
+def a_job(
+    job_id: str = "job1", *, stops: tuple[str, ...] = (), delivered: bytes = b""
+) -> AdmittedJob:
+    text = AnswerText(TOKENIZER, stops)
+    for token_id in delivered:
+        text.push(token_id)
+    request = GenerateRequest(
+        request_id=job_id,
+        prompt_token_ids=(1, 2, 3),
+        output_token_ids=tuple(delivered),
+        max_tokens=50,
+    )
+    return AdmittedJob(lease=a_lease(job_id), request=request, text=text, claimed_at=1.0)
+
+
+def tokens(
+    text: bytes | tuple[int, ...], reason: FinishReason | None = None, job_id: str = "job1"
+) -> StepOutput:
+    return StepOutput(request_id=job_id, token_ids=tuple(text), finish_reason=reason)
+
+
+def publish_one(publisher: Publisher, output: StepOutput, now: float = 2.0) -> Write:
+    (write,) = publisher.publish([output], now).writes
+    return write
+
+
+def chunk_of(write: Write) -> TokenChunk:
+    assert write.chunk is not None
+    return write.chunk
+
+
+def test_a_token_becomes_a_chunk_under_the_jobs_lease() -> None:
+    publisher = Publisher()
+    publisher.open(a_job())
+    write = publish_one(publisher, tokens(b"a"))
+    assert write == ChunkWrite(
+        lease=a_lease(), chunk=TokenChunk(num_tokens=1, text="a", token_ids=(97,))
+    )
+
+
+def test_chunks_count_the_tokens_of_the_whole_answer() -> None:
+    publisher = Publisher()
+    publisher.open(a_job(delivered=b"abc"))
+    counts = [chunk_of(publish_one(publisher, tokens(t))).num_tokens for t in (b"d", b"ef")]
+    assert counts == [4, 6]
+
+
+def test_an_incomplete_character_has_tokens_and_no_text_yet() -> None:
+    publisher = Publisher()
+    publisher.open(a_job())
+    first, second = "é".encode()
+    early = chunk_of(publish_one(publisher, tokens((first,))))
+    late = chunk_of(publish_one(publisher, tokens((second,))))
+    assert (early.text, early.token_ids) == ("", (first,))
+    assert (late.text, late.token_ids) == ("é", (second,))
+
+
+def test_the_last_token_comes_with_the_end_and_its_usage() -> None:
+    publisher = Publisher()
+    publisher.open(a_job())
+    publish_one(publisher, tokens(b"a"), now=2.0)
+    write = publish_one(publisher, tokens(b"b", "length"), now=5.0)
+    assert write == EndWrite(
+        lease=a_lease(),
+        end=JobEnd(
+            state="finished",
+            finish_reason="length",
+            usage=Usage(prompt_tokens=3, completion_tokens=2),
+        ),
+        chunk=TokenChunk(num_tokens=2, text="b", token_ids=(98,)),
+        times=JobTimes(claimed_at=1.0, first_token_at=2.0, ended_at=5.0),
+    )
+    assert publisher.num_open == 0
+
+
+def test_a_stop_token_ends_the_answer_and_shows_nothing() -> None:
+    publisher = Publisher()
+    publisher.open(a_job())
+    assert EOS is not None
+    write = publish_one(publisher, tokens((EOS,), "stop"))
+    assert isinstance(write, EndWrite)
+    assert (write.end.finish_reason, chunk_of(write).text) == ("stop", "")
+    assert chunk_of(write).token_ids == (EOS,)
+
+
+def test_a_stop_string_ends_the_answer_and_the_engine_is_to_forget_it() -> None:
+    publisher = Publisher()
+    publisher.open(a_job(stops=("XY",)))
+    assert chunk_of(publish_one(publisher, tokens(b"aX"))).text == "a"
+    published = publisher.publish([tokens(b"Yb")], 2.0)
+    (write,) = published.writes
+    assert isinstance(write, EndWrite)
+    assert published.stopped == ("job1",)
+    assert (write.end.finish_reason, chunk_of(write).text) == ("stop", "")
+    # The token behind the stop string was never part of the answer.
+    assert (chunk_of(write).token_ids, chunk_of(write).num_tokens) == ((ord("Y"),), 3)
+
+
+def test_a_stop_string_in_the_last_token_needs_no_abort() -> None:
+    publisher = Publisher()
+    publisher.open(a_job(stops=("X",)))
+    published = publisher.publish([tokens(b"X", "length")], 2.0)
+    (write,) = published.writes
+    assert isinstance(write, EndWrite)
+    assert write.end.finish_reason == "stop"
+    assert published.stopped == ()
+
+
+def test_text_held_back_for_a_stop_string_comes_with_the_end() -> None:
+    publisher = Publisher()
+    publisher.open(a_job(stops=("XYZ",)))
+    assert chunk_of(publish_one(publisher, tokens(b"aX"))).text == "a"
+    assert chunk_of(publish_one(publisher, tokens(b"Y", "length"))).text == "XY"
+
+
+def test_answers_of_one_step_do_not_touch_each_other() -> None:
+    publisher = Publisher()
+    for job_id in ("a", "b", "c"):
+        publisher.open(a_job(job_id))
+    outputs = [tokens(b"1", job_id="a"), tokens(b"2", "stop", "b"), tokens(b"3", job_id="c")]
+    published = publisher.publish(outputs, 2.0)
+    assert [write.lease.job_id for write in published.writes] == ["a", "b", "c"]
+    assert [chunk_of(write).text for write in published.writes] == ["1", "2", "3"]
+    assert publisher.num_open == 2
+    assert publisher.lease_of("b") is None
+
+
+def test_a_dropped_answer_is_forgotten_in_silence() -> None:
+    publisher = Publisher()
+    publisher.open(a_job())
+    publisher.drop("job1")
+    publisher.drop("job1")
+    assert publisher.num_open == 0
+
+
+def test_fail_all_ends_every_answer_with_the_code_and_what_it_had() -> None:
+    publisher = Publisher()
+    publisher.open(a_job("a"))
+    publisher.open(a_job("b", delivered=b"xy"))
+    ends = publisher.fail_all("engine_failed", "boom", 4.0)
+    assert [(write.lease.job_id, write.end.code, write.end.message) for write in ends] == [
+        ("a", "engine_failed", "boom"),
+        ("b", "engine_failed", "boom"),
+    ]
+    assert ends[1].end.usage == Usage(prompt_tokens=3, completion_tokens=2)
+    assert publisher.num_open == 0
+
+
+def test_a_rejection_carries_the_code_and_the_reason() -> None:
+    write = rejection(a_taken_job(), "prompt_too_long", "too long", 3.0)
+    assert write.end == JobEnd(state="failed", code="prompt_too_long", message="too long")
+    assert write.chunk is None
+
+
+def test_a_completion_says_what_the_earlier_runs_delivered() -> None:
+    job = CompleteJob(
+        lease=a_lease(),
+        finish_reason="stop",
+        num_prompt_tokens=4,
+        num_tokens=9,
+        chunk=None,
+        claimed_at=1.0,
+    )
+    write = completion(job, 3.0)
+    assert write.end.finish_reason == "stop"
+    assert write.end.usage == Usage(prompt_tokens=4, completion_tokens=9)
+
+
+def test_numbers_that_overflow_fail_their_job_with_what_was_said_so_far() -> None:
+    publisher = Publisher()
+    publisher.open(a_job())
+    publish_one(publisher, tokens(b"ab"))
+    write = publish_one(publisher, tokens((), "error"))
+    assert isinstance(write, EndWrite)
+    assert (write.chunk, write.end.state, write.end.code) == (None, "failed", "engine_failed")
+    assert write.end.usage == Usage(prompt_tokens=3, completion_tokens=2)
+    assert write.end.message == "the model's numbers are not finite after 2 tokens"
+    assert publisher.num_open == 0

@@ -1,0 +1,116 @@
+"""What one worker process runs with, checked once at its start."""
+
+import os
+import re
+import secrets
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from mixfleet_broker.errors import ConfigError
+from mixfleet_broker.settings import Settings
+from mixfleet_engine.config import Backend, EngineConfig
+
+BYTES_PER_GIB = 1 << 30
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+SIMULATED_MODEL = "simulated"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """Who this worker is and how it behaves; the engine's own settings are apart."""
+
+    worker_id: str
+    model: str
+    """Name of the model, which is the name of its queue."""
+    model_path: Path | None
+    """None for a simulated engine."""
+    chat_format: str | None
+    """None: the checkpoint's own."""
+    simulated_step_s: float
+    """How long a step of the simulated engine takes."""
+    lease_s: float
+    stall_s: float
+    drain_s: float
+    result_ttl_s: float
+    max_losses: int
+
+
+def worker_config(
+    settings: Settings, *, simulated: bool = False, simulated_step_s: float = 0.0, tp: int = 1
+) -> WorkerConfig:
+    """Return the worker's part of the settings.
+
+    Args:
+        settings: In force.
+        simulated: Whether to run the simulated engine instead of a model.
+        simulated_step_s: How long a step of it takes.
+        tp: How many devices share the model.
+
+    Raises:
+        ConfigError: Something is missing or cannot be used here.
+    """
+    if tp != 1:
+        raise ConfigError(
+            f"tp={tp}: this version runs a model on one device; tensor parallelism is not built yet"
+        )
+    _check_model_path(settings.model_path, simulated=simulated)
+    return WorkerConfig(
+        worker_id=settings.worker_id or new_worker_id(),
+        model=settings.model or _model_name(settings.model_path),
+        model_path=settings.model_path,
+        chat_format=settings.chat_format,
+        simulated_step_s=simulated_step_s,
+        lease_s=settings.lease_s,
+        stall_s=settings.stall_s,
+        drain_s=settings.drain_s,
+        result_ttl_s=settings.result_ttl_s,
+        max_losses=settings.max_losses,
+    )
+
+
+def engine_config(settings: Settings) -> EngineConfig:
+    """Return the engine's part of the settings."""
+    gib = settings.kv_cache_gib
+    return EngineConfig(
+        kv_cache_bytes=None if gib is None else int(gib * BYTES_PER_GIB),
+        max_batch_size=settings.max_batch_size,
+        max_step_tokens=settings.max_step_tokens,
+        context_length=settings.context_length,
+        dtype=settings.dtype,
+        device=settings.device,
+        backend=cast("Backend", settings.backend),  # the table of settings allows no other
+        threads=settings.threads,
+    )
+
+
+def new_worker_id() -> str:
+    """Return a name that no other worker has: host, process and a random part."""
+    host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname().partition(".")[0])[:32].strip("-")
+    return f"{host or 'worker'}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+def _check_model_path(model_path: Path | None, *, simulated: bool) -> None:
+    if simulated:
+        if model_path is not None:
+            raise ConfigError(f"model_path={model_path}: a simulated engine has no model")
+        return
+    if model_path is None:
+        raise ConfigError(
+            "model_path is not set: give --model-path DIR, or run `mixfleet up` for the demo model"
+        )
+    if not model_path.is_dir():
+        raise ConfigError(f"model_path={model_path}: no such directory")
+
+
+def _model_name(model_path: Path | None) -> str:
+    if model_path is None:
+        return SIMULATED_MODEL
+    name = model_path.resolve().name
+    if not MODEL_NAME.fullmatch(name):
+        raise ConfigError(
+            f"model_path={model_path}: its name cannot be a model's name (letters, digits, dots, "
+            "dashes and underscores, at most 64); give --model NAME"
+        )
+    return name

@@ -1,0 +1,141 @@
+"""What the I/O thread needs of the broker."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from mixfleet_broker.channel import delivered_tokens
+from mixfleet_broker.flush import Flush, FlushResult
+from mixfleet_broker.queue import ClaimedJob, JobQueue, Lease
+from mixfleet_broker.registry import Registration
+from mixfleet_worker.handoff import EndWrite, Write
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activity:
+    """What the worker's public record says of this moment."""
+
+    in_flight: int
+    draining: bool
+
+    @property
+    def state(self) -> Literal["idle", "busy", "draining"]:
+        """The moment in one word."""
+        if self.draining:
+            return "draining"
+        return "busy" if self.in_flight else "idle"
+
+
+class Session(Protocol):
+    """One worker's connection to the broker. Not thread-safe: the I/O thread owns it.
+
+    Every method may raise a ``BrokerError`` and may then be called again with the same arguments,
+    whether or not the first call had its effect.
+    """
+
+    def claim(self, max_jobs: int, claim_token: str) -> list[ClaimedJob]:
+        """Lease up to ``max_jobs`` jobs; the same token gives the same jobs again."""
+        ...
+
+    def delivered_tokens(self, job_id: str) -> tuple[int, ...]:
+        """Return the tokens of the answer that are on the job's channel.
+
+        Raises:
+            MessageError: Something on the channel is not of the schema.
+        """
+        ...
+
+    def flush(self, writes: Sequence[Write]) -> FlushResult:
+        """Send the writes, at most one of each job, in one round trip."""
+        ...
+
+    def renew(self, leases: Sequence[Lease]) -> set[str]:
+        """Prolong the leases; return the ids of the jobs that are not ours any more."""
+        ...
+
+    def release(self, leases: Sequence[Lease]) -> int:
+        """Give the jobs back to the queue without blame; return how many were still ours."""
+        ...
+
+    def reap(self) -> None:
+        """Put the jobs of ended leases, anybody's, back into the queue."""
+        ...
+
+    def beat(self, activity: Activity) -> None:
+        """Say that this worker lives."""
+        ...
+
+    def sign_off(self) -> None:
+        """Say that this worker is gone."""
+        ...
+
+    def wait_for_jobs(self, timeout_s: float) -> bool:
+        """Wait for the bell; whether it rang."""
+        ...
+
+
+class QueueSession:
+    """Implements :class:`Session` with the queue of one model.
+
+    Args:
+        queue: Its client must be patient for less than a lease, or the worker could not give up
+            its jobs in time.
+        registration: The worker's public record.
+    """
+
+    def __init__(self, *, queue: JobQueue, registration: Registration) -> None:
+        self._queue = queue
+        self._registration = registration
+        self._worker_id = registration.record.worker_id
+
+    def claim(self, max_jobs: int, claim_token: str) -> list[ClaimedJob]:
+        """See :meth:`Session.claim`."""
+        return self._queue.claim(self._worker_id, max_jobs, claim_token)
+
+    def delivered_tokens(self, job_id: str) -> tuple[int, ...]:
+        """See :meth:`Session.delivered_tokens`."""
+        return delivered_tokens(self._queue.redis, job_id)
+
+    def flush(self, writes: Sequence[Write]) -> FlushResult:
+        """See :meth:`Session.flush`."""
+        flush = Flush(self._queue)
+        for write in writes:
+            if isinstance(write, EndWrite):
+                flush.finish(write.lease, write.end, write.chunk)
+            else:
+                flush.append(write.lease, write.chunk)
+        return flush.send()
+
+    def renew(self, leases: Sequence[Lease]) -> set[str]:
+        """See :meth:`Session.renew`."""
+        return self._queue.renew(self._worker_id, leases)
+
+    def release(self, leases: Sequence[Lease]) -> int:
+        """See :meth:`Session.release`."""
+        return self._queue.release(leases)
+
+    def reap(self) -> None:
+        """See :meth:`Session.reap`."""
+        reaped = self._queue.reap()
+        if reaped.requeued or reaped.failed:
+            logger.warning(
+                "reaped requeued=%s failed=%s worker_id=%s",
+                ",".join(reaped.requeued) or "-",
+                ",".join(reaped.failed) or "-",
+                self._worker_id,
+            )
+
+    def beat(self, activity: Activity) -> None:
+        """See :meth:`Session.beat`."""
+        self._registration.beat(state=activity.state, in_flight=activity.in_flight)
+
+    def sign_off(self) -> None:
+        """See :meth:`Session.sign_off`."""
+        self._registration.deregister()
+
+    def wait_for_jobs(self, timeout_s: float) -> bool:
+        """See :meth:`Session.wait_for_jobs`."""
+        return self._queue.wait_for_jobs(timeout_s)
