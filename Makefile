@@ -3,6 +3,7 @@ PYTHON ?= .venv/bin/python
 
 .PHONY: check test bench setup
 
+check: export OMP_NUM_THREADS ?= 1
 check:          ## ruff, format, import contracts, mypy strict, unit tests
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import click
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +53,7 @@ def test_commands_named_in_the_docs_exist(page: Path) -> None:
     from mixfleet.cli import main
 
     named = set(re.findall(r"`(?:\.venv/bin/)?mixfleet ([a-z]+)", page.read_text()))
-    assert named <= set(main.list_commands(None))
+    assert named <= set(main.list_commands(click.Context(main)))
 
 
 @pytest.mark.parametrize(
