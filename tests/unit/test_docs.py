@@ -1,6 +1,7 @@
 """The docs are true: generated tables are current, links lead somewhere, commands exist."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -67,3 +68,10 @@ def test_python_examples_compile(page: Path) -> None:
 def test_the_changelog_opens_with_what_is_not_released_yet() -> None:
     headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert headings[0] == "[Unreleased]"
+
+
+def test_the_figures_in_the_readme_are_those_of_the_benchmark() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "fleet.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    for row in result["rows"]:
+        assert f"{row['ratio']:.2f} times" in readme
