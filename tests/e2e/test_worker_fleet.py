@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis import Redis
@@ -68,8 +69,9 @@ def test_a_killed_workers_answer_goes_on_elsewhere_unbroken(
     assert result.usage.completion_tokens == NUM_TOKENS
 
 
-def test_a_killed_workers_greedy_answer_of_a_real_model_goes_on_unbroken(
-    redis_url: str, tmp_path: Path
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"temperature": 0.9, "seed": 7}])
+def test_a_killed_workers_answer_of_a_real_model_goes_on_unbroken(
+    settings: dict[str, Any], redis_url: str, tmp_path: Path
 ) -> None:
     checkpoint = tmp_path / "tiny"
     write_hf_checkpoint(checkpoint, tiny_config(vocab_size=512, context_length=2048))
@@ -81,14 +83,14 @@ def test_a_killed_workers_greedy_answer_of_a_real_model_goes_on_unbroken(
         WorkerProcess(redis_url, "second", tmp_path, *arguments) as second,
     ):
         second.pause()  # so that the first one gets the job
-        stream = client.chat("the quick brown fox", temperature=0.0, max_tokens=1200)
+        stream = client.chat("the quick brown fox", max_tokens=1200, **settings)
         pieces = iter(stream)
         for _ in range(5):
             next(pieces)
         first.kill()
         second.resume()
         result = stream.result()
-        full = client.chat("the quick brown fox", temperature=0.0, max_tokens=1200).result()
+        full = client.chat("the quick brown fox", max_tokens=1200, **settings).result()
     assert result.text == full.text
     assert result.usage == full.usage
     assert result.worker_ids == ("first", "second")
