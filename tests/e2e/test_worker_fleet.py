@@ -2,15 +2,19 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from redis import Redis
+from rq import Queue
+from rq.serializers import JSONSerializer
 
-from mixfleet import ChatStream, Client
-from mixfleet.errors import JobCancelledError, PromptTooLongError
+from mixfleet import ChatStream, Client, RunStarted, TokenChunk
+from mixfleet.errors import JobCancelledError, PromptTooLongError, WorkerLostError
 from mixfleet_broker.embedded import EmbeddedRedis
 from mixfleet_broker.queue import JobQueue
 from support.tiny_model import tiny_config, write_hf_checkpoint
@@ -170,3 +174,67 @@ def test_an_answer_goes_on_through_a_restart_of_redis(tmp_path: Path) -> None:
         assert result.text == ask(client, "a story").result().text
         assert result.worker_ids == ("w1",)
         assert worker.process.poll() is None
+
+
+def test_a_stop_string_holds_across_the_death_of_a_worker(
+    redis_url: str, client: Client, tmp_path: Path
+) -> None:
+    with (
+        WorkerProcess(redis_url, "first", tmp_path, *SLOW_STEP) as first,
+        WorkerProcess(redis_url, "second", tmp_path, *FAST_STEP) as second,
+    ):
+        full = ask(client, "a story").result().text
+        stop = " ".join(full.split()[14:16])  # two tokens: the first alone must be held back
+        second.pause()  # so that the first one gets the job
+        stream = client.chat("a story", max_tokens=NUM_TOKENS, temperature=0.0, seed=1, stop=stop)
+        pieces = iter(stream)
+        for _ in range(8):
+            next(pieces)
+        first.kill()
+        second.resume()
+        result = stream.result()
+    assert result.finish_reason == "stop"
+    assert result.text == full[: full.index(stop)]
+    assert result.worker_ids == ("first", "second")
+
+
+def test_a_job_whose_workers_die_three_times_fails_and_says_so(
+    redis_url: str, client: Client, tmp_path: Path
+) -> None:
+    stream = client.chat("a story", max_tokens=60, temperature=0.0, seed=1)
+    events = stream.events()
+    for name in ("first", "second", "third"):
+        with WorkerProcess(redis_url, name, tmp_path, *SLOW_STEP) as worker:
+            run = next(event for event in events if isinstance(event, RunStarted))
+            assert run.worker_id == name
+            assert isinstance(next(events), TokenChunk)
+            worker.kill()
+    with WorkerProcess(redis_url, "fourth", tmp_path, *FAST_STEP):
+        with pytest.raises(WorkerLostError, match="3 workers that ran it died"):
+            stream.result()
+        assert ask(client, "something else").result().finish_reason == "length"
+    assert stream.text
+
+
+def test_an_rq_producer_gets_an_answer_and_rqs_tools_see_the_worker(
+    redis_url: str, redis: Redis, client: Client, tmp_path: Path
+) -> None:
+    queue = Queue(MODEL, connection=redis, serializer=JSONSerializer)
+    chat = {"messages": [{"role": "user", "content": "a story"}], "max_tokens": NUM_TOKENS}
+    job = queue.enqueue("mixfleet.chat", {**chat, "temperature": 0, "seed": 1})
+    with WorkerProcess(redis_url, "w1", tmp_path, *SLOW_STEP) as worker:
+        until(lambda: job.get_status(refresh=True) == "started", "the job has started")
+        info = subprocess.run(
+            [Path(sys.executable).with_name("rq"), "info", "--raw", "-u", redis_url],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        until(lambda: job.get_status(refresh=True) == "finished", "the job has finished")
+        expected = ask(client, "a story").result().text
+    assert f"queue {MODEL} 0, 1 executing, 0 finished, 0 failed" in info
+    assert f"worker {worker.worker_id} (" in info
+    assert "busy" in info
+    answer = job.return_value()
+    assert answer is not None
+    assert answer["text"] == expected
