@@ -219,7 +219,7 @@ class EngineConfig:
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``; auto: cuda where there is one."""
     backend: Backend = "auto"
     threads: int | None = None
-    """CPU threads; None: torch's own default, one per core."""
+    """CPU threads; None: torch's own default, less one core for what runs beside the engine."""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_batch_size", "max_step_tokens"):

@@ -1,4 +1,5 @@
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,24 @@ def test_threads_are_set_when_asked_for(tmp_path: Path) -> None:
     try:
         load_engine(folder, EngineConfig(dtype="float32", device="cpu", num_blocks=4, threads=2))
         assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("torchs_own", "num_cores", "expected"), [(3, 3, 2), (1, 3, 1), (1, 1, 1)])
+def test_without_a_setting_one_core_is_left_to_others(
+    torchs_own: int,
+    num_cores: int,
+    expected: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(num_cores)), raising=False)
+    try:
+        torch.set_num_threads(torchs_own)
+        load_engine(write_hf_checkpoint(tmp_path, SMALL), CONFIG)
+        assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
 
