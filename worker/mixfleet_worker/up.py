@@ -117,7 +117,11 @@ class Fleet:
             worker_config(self.settings, simulated=True)
             click.echo("model: simulated, answers are random words")
             return None
-        check_installed(ENGINE_MODULES, what="a model", extra="worker")
+        # All that this start will ask for, so that the fix is one line and not three.
+        extras = ["worker"]
+        extras += ["embedded"] if self.settings.redis is None else []
+        extras += ["demo"] if self.settings.model_path is None else []
+        check_installed(ENGINE_MODULES, what="a model", extra=",".join(extras))
         if self.settings.model_path is not None:
             worker_config(self.settings)
             click.echo(f"model: {self.settings.model_path}")

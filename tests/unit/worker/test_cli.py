@@ -101,3 +101,21 @@ def test_up_refuses_what_no_worker_could_run(tmp_path: Path) -> None:
     )
     assert result.exit_code == 1
     assert "no such directory" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extras"),
+    [
+        ((), "worker,embedded,demo"),
+        (("--redis", "redis://127.0.0.1:1"), "worker,demo"),
+        (("--model-path", "."), "worker,embedded"),
+    ],
+)
+def test_up_names_all_missing_extras_at_once(
+    arguments: tuple[str, ...], extras: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("mixfleet_worker.up.ENGINE_MODULES", ("no_such_module_here",))
+    unset = {"REDIS_URL": "", "MIXFLEET_REDIS": "", "MIXFLEET_MODEL_PATH": ""}
+    result = CliRunner().invoke(up, ["--data-dir", str(tmp_path), *arguments], env=unset)
+    assert result.exit_code == 1
+    assert f"pip install 'mixfleet[{extras}]'" in result.output
