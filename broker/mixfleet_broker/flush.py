@@ -140,6 +140,9 @@ def append_outcome(reply: object) -> WriteOutcome:
         return WriteOutcome.LOST
     if isinstance(reply, ResponseError) and "equal or smaller" in str(reply):
         return WriteOutcome.REFUSED
+    if isinstance(reply, ResponseError) and "WRONGTYPE" in str(reply):
+        # Somebody put another key in the channel's place: this job's trouble, nobody else's.
+        return WriteOutcome.LOST
     if isinstance(reply, Exception):
         raise_ours(reply)
     return WriteOutcome.DONE

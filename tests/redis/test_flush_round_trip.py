@@ -4,7 +4,7 @@ import pytest
 from redis import Redis
 
 from mixfleet_broker.channel import delivered_tokens, ended
-from mixfleet_broker.errors import BrokerError, BrokerUnavailableError, MessageError
+from mixfleet_broker.errors import BrokerUnavailableError, MessageError
 from mixfleet_broker.flush import Flush, WriteOutcome
 from mixfleet_broker.keys import CHANNEL
 from mixfleet_broker.queue import JobQueue, Lease
@@ -125,15 +125,30 @@ def test_a_job_has_one_write_in_a_flush(redis: Redis) -> None:
         flush.finish(lease, DONE)
 
 
-def test_a_channel_of_a_wrong_type_is_an_error_of_the_broker(redis: Redis) -> None:
+def test_a_channel_of_a_wrong_type_hurts_its_own_job_only(redis: Redis) -> None:
+    queue = JobQueue(redis, MODEL)
+    planted, ending, sound = leases_of(queue, 3)
+    for lease in (planted, ending):
+        redis.delete(CHANNEL(lease.job_id))
+        redis.set(CHANNEL(lease.job_id), "planted")
+    flush = Flush(queue)
+    flush.append(planted, chunk(1, 5))
+    flush.finish(ending, DONE, chunk(2, 6))
+    flush.append(sound, chunk(1, 7))
+    assert flush.send().outcomes == (LOST, LOST, DONE_)
+    assert delivered_tokens(redis, sound.job_id) == (7,)
+
+
+def test_a_job_whose_channel_was_overwritten_begins_anew(redis: Redis) -> None:
     queue = JobQueue(redis, MODEL)
     [lease] = leases_of(queue, 1)
     redis.delete(CHANNEL(lease.job_id))
     redis.set(CHANNEL(lease.job_id), "planted")
-    flush = Flush(queue)
-    flush.append(lease, chunk(1, 5))
-    with pytest.raises(BrokerError, match="WRONGTYPE"):
-        flush.send()
+    queue.release([lease])
+    [again] = queue.claim("w2", 1, "c2")
+    assert again.num_delivered == 0
+    assert queue.finish(again.lease, DONE, chunk(1, 5))
+    assert ended(redis, lease.job_id) == DONE
 
 
 def test_a_flush_without_a_server_can_be_sent_later(redis: Redis, no_redis: Redis) -> None:

@@ -28,8 +28,8 @@ def test_replies_to_an_append_are_done_refused_or_lost() -> None:
 
 
 def test_other_errors_of_an_append_are_raised() -> None:
-    with pytest.raises(BrokerError, match="WRONGTYPE"):
-        append_outcome(ResponseError("WRONGTYPE Operation against a key"))
+    with pytest.raises(BrokerError, match="READONLY"):
+        append_outcome(ResponseError("READONLY You can't write against a read only replica."))
     with pytest.raises(BrokerFullError):
         append_outcome(OutOfMemoryError("command not allowed when used memory > 'maxmemory'."))
 
@@ -48,7 +48,7 @@ def test_replies_to_a_finish_are_done_or_not() -> None:
         (RedisConnectionError("refused"), BrokerUnavailableError),
         (OutOfMemoryError("used memory > 'maxmemory'."), BrokerFullError),
         (ResponseError("ERR Error running script: -OOM command not allowed"), BrokerFullError),
-        (ResponseError("WRONGTYPE"), BrokerError),
+        (ResponseError("READONLY You can't write against a read only replica."), BrokerError),
     ],
 )
 def test_redis_errors_become_ours(raised: Exception, ours: type[BrokerError]) -> None:
