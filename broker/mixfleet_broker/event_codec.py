@@ -4,6 +4,7 @@ An event is an entry of a Redis stream with two fields, ``k`` its kind and ``d``
 id that says the run and how many tokens the answer has with it. Neither is said twice.
 """
 
+from dataclasses import replace
 from typing import Final, get_args
 
 from mixfleet_broker.errors import MessageError
@@ -23,6 +24,9 @@ RUN_STARTED: Final = "a"
 TOKENS: Final = "t"
 END: Final = "e"
 
+MAX_REASON_CHARACTERS: Final = 2000
+"""Longest message of an end."""
+
 
 def encode_run_start(worker_id: str) -> bytes:
     """Return the body of a :class:`RunStarted`; its id says the rest."""
@@ -36,6 +40,20 @@ def encode_chunk(chunk: TokenChunk) -> bytes:
             f"chunk: {len(chunk.token_ids)} new tokens in an answer of {chunk.num_tokens}"
         )
     return pack({"t": chunk.text, "i": list(chunk.token_ids)})
+
+
+def with_bounded_message(end: JobEnd) -> JobEnd:
+    """Return ``end`` with a message that fits any wire: what was cut from it is counted in it.
+
+    The message of a failure may quote anything, and saying why a job failed must not fail.
+    """
+    if end.message is None:
+        return end
+    # Half a surrogate pair, which UTF-8 cannot carry, is written out.
+    message = end.message.encode(errors="backslashreplace").decode()
+    if len(message) > MAX_REASON_CHARACTERS:
+        message = f"{message[:MAX_REASON_CHARACTERS]}... ({len(message)} characters in all)"
+    return replace(end, message=message)
 
 
 def encode_end(end: JobEnd) -> bytes:

@@ -4,7 +4,7 @@ import base64
 import zlib
 
 from mixfleet_broker.errors import BrokerError, MessageError
-from mixfleet_broker.event_codec import encode_chunk, encode_end
+from mixfleet_broker.event_codec import encode_chunk, encode_end, with_bounded_message
 from mixfleet_broker.lua import Argument
 from mixfleet_broker.messages import JobEnd, TokenChunk
 from mixfleet_broker.records import Lease
@@ -20,6 +20,7 @@ def finish_args(
     """
     if end.state == "canceled":
         raise MessageError("end: a worker finishes or fails a job; use cancel to cancel it")
+    end = with_bounded_message(end)
     usage = end.usage
     return (
         lease.job_id,

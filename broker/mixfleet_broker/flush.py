@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 from redis.exceptions import NoScriptError, ResponseError
 
@@ -130,6 +130,11 @@ class Flush:
         )
 
 
+_SPOILT: Final = ("WRONGTYPE", "last possible ID")
+"""Somebody else wrote in the channel's place: this job's trouble, nobody else's. The next claim
+begins the channel anew."""
+
+
 def append_outcome(reply: object) -> WriteOutcome:
     """Return what a reply to ``append_chunk`` says, be it a value or redis-py's error.
 
@@ -140,8 +145,7 @@ def append_outcome(reply: object) -> WriteOutcome:
         return WriteOutcome.LOST
     if isinstance(reply, ResponseError) and "equal or smaller" in str(reply):
         return WriteOutcome.REFUSED
-    if isinstance(reply, ResponseError) and "WRONGTYPE" in str(reply):
-        # Somebody put another key in the channel's place: this job's trouble, nobody else's.
+    if isinstance(reply, ResponseError) and any(sign in str(reply) for sign in _SPOILT):
         return WriteOutcome.LOST
     if isinstance(reply, Exception):
         raise_ours(reply)

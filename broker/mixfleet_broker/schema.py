@@ -7,6 +7,8 @@ from mixfleet_broker.errors import MessageError
 
 MAX_DEPTH: Final = 8
 """Maps and lists inside each other; the schema needs four."""
+NAMED_FIELDS: Final = 5
+"""Unknown fields that an error text names; it counts the others."""
 
 
 class Fields:
@@ -37,8 +39,10 @@ class Fields:
             MessageError: One is; the text names it.
         """
         if self._left:
-            names = ", ".join(sorted(repr(name)[:40] for name in self._left))
-            raise MessageError(f"{self._where}: unknown field {names}")
+            names = ", ".join(sorted(repr(name)[:40] for name in self._left)[:NAMED_FIELDS])
+            more = len(self._left) - NAMED_FIELDS
+            others = f" and {more} more" if more > 0 else ""
+            raise MessageError(f"{self._where}: unknown field {names}{others}")
 
     def text(self, name: str) -> str:
         """Return a field that must be text."""

@@ -5,6 +5,7 @@ from redis import Redis
 
 from mixfleet_broker.channel import ended
 from mixfleet_broker.errors import MessageError
+from mixfleet_broker.flush import Flush, WriteOutcome
 from mixfleet_broker.keys import CHANNEL, JOB, LEASES, QUEUE, READY
 from mixfleet_broker.messages import decode_job
 from mixfleet_broker.queue import JobQueue
@@ -195,3 +196,36 @@ def test_an_emptied_server_is_an_empty_queue(redis: Redis) -> None:
     assert not queue.finish(lease, DONE)
     assert queue.submit(job) == 0
     assert claimed_ids(queue) == [job.job_id]
+
+
+def test_a_lease_that_names_no_run_is_swept_out_and_others_are_reaped(redis: Redis) -> None:
+    queue = JobQueue(redis, MODEL)
+    lease = submit_and_claim(queue).lease
+    redis.zadd(LEASES(MODEL), {"foo": 1})
+    end_all_leases(redis)
+    assert queue.reap().requeued == (lease.job_id,)
+    assert queue.num_started() == 0
+
+
+def test_a_channel_that_can_grow_no_more_hurts_its_own_job_only(redis: Redis) -> None:
+    queue = JobQueue(redis, MODEL)
+    spoilt, sound = submit_and_claim(queue).lease, submit_and_claim(queue).lease
+    last = 2**64 - 1
+    redis.xadd(CHANNEL(spoilt.job_id), {"k": "t", "d": "x"}, id=f"{last}-{last}")
+    flush = Flush(queue)
+    flush.append(spoilt, chunk(1, 5))
+    flush.append(sound, chunk(1, 6))
+    assert flush.send().outcomes == (WriteOutcome.LOST, WriteOutcome.DONE)
+    end_all_leases(redis)
+    assert sorted(queue.reap().requeued) == sorted([spoilt.job_id, sound.job_id])
+    delivered = {c.lease.job_id: c.num_delivered for c in queue.claim("w2", 2, "again")}
+    assert delivered == {spoilt.job_id: 0, sound.job_id: 1}
+
+
+def test_a_list_of_runs_of_a_wrong_type_does_not_stop_the_claim(redis: Redis) -> None:
+    queue = JobQueue(redis, MODEL)
+    job = chat_job()
+    queue.submit(job)
+    redis.set(f"rq:executions:{job.job_id}", "planted")
+    assert claimed_ids(queue) == [job.job_id]
+    assert queue.num_started() == 1

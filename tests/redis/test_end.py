@@ -223,3 +223,15 @@ def test_usage_reaches_the_reader(redis: Redis) -> None:
     )
     queue.finish(lease, end, chunk(1, 5))
     assert ended(redis, lease.job_id) == end
+
+
+@pytest.mark.parametrize("message", ["\x80" * 1_500_000, "half a pair: \ud800"])
+def test_a_reason_of_any_length_and_content_can_be_said(redis: Redis, message: str) -> None:
+    queue = JobQueue(redis, MODEL)
+    lease = submit_and_claim(queue).lease
+    assert queue.finish(lease, JobEnd(state="failed", code="invalid_request", message=message))
+    end = ended(redis, lease.job_id)
+    assert end is not None
+    assert end.message is not None
+    assert len(end.message) < 2100
+    assert end.message.endswith(("(1500000 characters in all)", "half a pair: \\ud800"))

@@ -139,18 +139,6 @@ def test_a_channel_of_a_wrong_type_hurts_its_own_job_only(redis: Redis) -> None:
     assert delivered_tokens(redis, sound.job_id) == (7,)
 
 
-def test_a_job_whose_channel_was_overwritten_begins_anew(redis: Redis) -> None:
-    queue = JobQueue(redis, MODEL)
-    [lease] = leases_of(queue, 1)
-    redis.delete(CHANNEL(lease.job_id))
-    redis.set(CHANNEL(lease.job_id), "planted")
-    queue.release([lease])
-    [again] = queue.claim("w2", 1, "c2")
-    assert again.num_delivered == 0
-    assert queue.finish(again.lease, DONE, chunk(1, 5))
-    assert ended(redis, lease.job_id) == DONE
-
-
 def test_a_flush_without_a_server_can_be_sent_later(redis: Redis, no_redis: Redis) -> None:
     queue = JobQueue(redis, MODEL)
     [lease] = leases_of(queue, 1)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from uuid import uuid4
 
-from mixfleet_broker.errors import BrokerError, MessageError
+from mixfleet_broker.errors import BrokerError, BrokerUnavailableError, MessageError
 from mixfleet_broker.messages import JobEnd
 from mixfleet_broker.queue import ClaimedJob
 from mixfleet_worker.handoff import (
@@ -169,9 +169,18 @@ class BrokerIO:
             return
         if not self._is_stalled:
             self._holdings.renew_all()
-        self._session.reap()
+        self._reap()
         self._beat()
         self._duties_at = now + self._period_s
+
+    def _reap(self) -> None:
+        try:
+            self._session.reap()
+        except BrokerUnavailableError:
+            raise
+        except BrokerError as error:
+            # Others' jobs: what is wrong with them must not stop the ones in hand.
+            logger.warning("reap refused worker_id=%s: %s", self._worker_id, error)
 
     def _activity(self) -> Activity:
         return Activity(in_flight=len(self._holdings), draining=not self._claiming)

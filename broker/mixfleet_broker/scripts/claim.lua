@@ -60,12 +60,15 @@ local function start(job_id, score, fields)
   local run = whole(run_after(last_ms))
   local token, job, now = claim_token .. '-' .. run, key.job(job_id), iso_now()
   local member = job_id .. ':' .. token
+  reclaim(key.executions(job_id), 'zset')
   -- What rq's tools would call or unpickle, and what would make them retry.
   redis.call('HDEL', job, 'meta', 'result', 'webhooks', 'success_callback_name',
     'failure_callback_name', 'stopped_callback_name', 'retries_left', 'repeats_left')
   redis.call('HSET', job, 'status', 'started', 'started_at', now, 'last_heartbeat', now,
     'ended_at', '', 'worker_name', worker_id, 'mf_token', token, 'mf_score', score,
     'mf_attempt', (tonumber(fields[4]) or 0) + 1, 'mf_losses', losses)
+  -- At once: whatever fails from here on, the lease ends and the job comes back.
+  redis.call('ZADD', leases, now_ms + lease_ms, member)
   redis.call('PERSIST', job)
   redis.call('HSET', key.execution(job_id, token), 'id', token, 'job_id', job_id,
     'created_at', now_s, 'last_heartbeat', now_s, 'worker_name', worker_id)
@@ -75,7 +78,6 @@ local function start(job_id, score, fields)
   redis.call('SADD', key.worker_executions(worker_id), member)
   redis.call('EXPIRE', key.worker_executions(worker_id), RUN_TTL_S)
   redis.call('ZADD', key.wip(model), now_s + WIP_AHEAD_S, member)
-  redis.call('ZADD', leases, now_ms + lease_ms, member)
   redis.call('ZREM', key.failed(model), job_id)
   redis.call('XADD', key.channel(job_id), run .. '-' .. whole(num_tokens), 'k', 'a', 'd', ARGV[6])
   redis.call('EXPIRE', key.channel(job_id), RUN_TTL_S)

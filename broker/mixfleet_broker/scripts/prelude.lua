@@ -21,6 +21,8 @@ local RUN_TTL_S = 7200
 local CANCELED_TTL_S = 300
 local BELL_TTL_S = 3600
 local MAX_RINGS = 64
+-- As readers of the channel accept them; ms of the clock have 13.
+local MAX_RUN_DIGITS = 15
 
 -- Whole numbers as text; Lua itself would write large ones as 1.8e+12.
 local function whole(n)
@@ -45,6 +47,12 @@ local function iso_now()
     math.floor(second / 3600), math.floor(second / 60) % 60, second % 60, now_us)
 end
 
+-- Make sure that a key may be written as a type: a stranger's value in its place goes.
+local function reclaim(name, kind)
+  local found = redis.call('TYPE', name).ok
+  if found ~= kind and found ~= 'none' then redis.call('DEL', name) end
+end
+
 -- Fields of a job's hash; all false where there is no such hash.
 local function job_fields(job_id, ...)
   local values = redis.pcall('HMGET', key.job(job_id), ...)
@@ -64,6 +72,10 @@ local function channel_tail(job_id)
   end
   if not last[1] then return 0, 0, false end
   local ms, num_tokens = string.match(last[1][1], '^(%d+)%-(%d+)$')
+  if #ms > MAX_RUN_DIGITS then -- no run of ours, and nothing can be said after it
+    redis.call('DEL', key.channel(job_id))
+    return 0, 0, false
+  end
   return tonumber(ms), tonumber(num_tokens), last[1][2][2] == 'e'
 end
 

@@ -44,7 +44,9 @@ if by_loss then
   local over = redis.call('ZRANGEBYSCORE', key.leases(model), '-inf', whole(now_ms),
     'LIMIT', 0, ARGV[3])
   for _, member in ipairs(over) do
-    take_back(string.match(member, '^(.*):([^:]*)$'))
+    local job_id, token = string.match(member, '^(.*):([^:]*)$')
+    -- A stranger's member names no run; left there it would come up again for ever.
+    if job_id then take_back(job_id, token) else redis.call('ZREM', key.leases(model), member) end
   end
   for _, registry in ipairs({key.finished(model), key.failed(model), key.canceled(model)}) do
     redis.call('ZREMRANGEBYSCORE', registry, 0, now_s)

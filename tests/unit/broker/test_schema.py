@@ -101,3 +101,12 @@ def test_text_must_be_such_that_utf8_can_carry_it() -> None:
     assert text("\U0001f680", "n") == "\U0001f680"
     with pytest.raises(MessageError, match="n: holds a lone surrogate at 1"):
         text("a\ud800", "n")
+
+
+def test_of_many_unknown_fields_a_few_are_named_and_the_rest_counted() -> None:
+    fields = Fields({f"field{i:05}": 0 for i in range(70_000)}, "job")
+    with pytest.raises(MessageError) as caught:
+        fields.done()
+    assert str(caught.value).startswith("job: unknown field 'field00000', 'field00001', ")
+    assert str(caught.value).endswith(" and 69995 more")
+    assert len(str(caught.value)) < 200

@@ -4,7 +4,7 @@ from queue import Empty
 
 import pytest
 
-from mixfleet_broker.errors import MessageError
+from mixfleet_broker.errors import BrokerError, MessageError
 from mixfleet_broker.messages import JobEnd, TokenChunk, Usage
 from mixfleet_broker.queue import Lease
 from mixfleet_worker.handoff import (
@@ -488,3 +488,19 @@ def test_an_error_of_ours_reaches_the_loop() -> None:
     (item,) = worker.received()
     assert isinstance(item, IOFailed)
     assert str(item.error) == "bug"
+
+
+def test_a_reap_that_is_refused_does_not_stop_the_jobs_in_hand() -> None:
+    class Refusing(FakeSession):
+        def reap(self) -> None:
+            raise BrokerError("Redis refuses: a key of a wrong type")
+
+    broker = FakeBroker()
+    worker = Fixture(session=Refusing(broker, "w1"))
+    broker.push("a")
+    (taken,) = worker.turn()
+    assert isinstance(taken, TakenJob)
+    worker.clock.now += LEASE_S / 3
+    worker.turn(an_end(taken.claimed.lease))
+    assert broker.jobs["a"].text == "x"
+    assert len(broker.jobs["a"].ends) == 1
