@@ -130,7 +130,7 @@ class Settings:
     kv_cache_gib: float | None = _setting(
         gibibytes(),
         None,
-        "Memory for the KV cache, in GiB.",
+        "Memory for the KV cache, in GiB; one request can use no more tokens than it holds.",
         shown="what a full batch needs, within reason",
     )
     dtype: str = _setting(

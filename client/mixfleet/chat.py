@@ -51,6 +51,8 @@ def chat(
     Ctrl-D leaves. With -q, or when something is piped in, it answers once: the answer goes to
     stdout and all else to stderr.
     """
+    if sys.stdout is None:
+        raise click.UsageError("no stdout to write an answer to")
     given = {name: value for name, value in sampling.items() if value is not None}
     conversation = Conversation(system=system, sampling=SamplingSettings(**given))
     if question is None and not stdin_is_terminal():
@@ -108,6 +110,8 @@ def _answer_once(
 
 
 def _piped_text() -> str:
+    if sys.stdin is None:
+        raise click.UsageError("no question: -q gives one where nothing can be piped in")
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
@@ -120,7 +124,8 @@ def _as_json(result: ChatResult) -> str:
 
 def stdin_is_terminal() -> bool:
     """Return whether somebody is there to type."""
-    return sys.stdin.isatty()
+    # Python has no stdin at all where it was closed, as a daemon's is.
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def line_reader(data_dir: Path) -> Callable[[str], str]:

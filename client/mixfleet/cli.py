@@ -4,6 +4,7 @@ So the help and a chat start fast and never import torch, and a part that is not
 hurts only its own command.
 """
 
+import errno
 import importlib
 from typing import Any
 
@@ -72,6 +73,10 @@ class ErrorLineGroup(click.Group):
         try:
             return super().invoke(ctx)
         except MixfleetError as error:
+            raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # `| head` has seen enough; click ends quietly
+                raise
             raise click.ClickException(str(error)) from error
         except (KeyboardInterrupt, click.Abort):
             ctx.exit(INTERRUPTED)

@@ -76,31 +76,34 @@ class Console:
         """Chat until the user leaves."""
         while True:
             try:
-                text = self._read_text().strip()
+                text, is_quoted = self._read_text()
             except KeyboardInterrupt:
                 self._display.note("Ctrl-D or /bye leaves, /help lists the commands")
                 continue
             except EOFError:
                 return
-            if text in ("/bye", "/exit", "/quit"):
+            if text in ("/bye", "/exit", "/quit") and not is_quoted:
                 return
             if text:
-                self._handle(text)
+                self._handle(text, is_quoted=is_quoted)
 
-    def _read_text(self) -> str:
+    def _read_text(self) -> tuple[str, bool]:
+        """Return what was typed, and whether in quotes, which no command is."""
         line = self._read_line(PROMPT)
         if not line.lstrip().startswith(QUOTES):
-            return line
+            return line.strip(), False
         text = line.lstrip().removeprefix(QUOTES)
         while not text.rstrip().endswith(QUOTES):
             text += "\n" + self._read_line(MORE_PROMPT)
-        return text.rstrip().removesuffix(QUOTES)
+        return text.rstrip().removesuffix(QUOTES).strip(), True
 
-    def _handle(self, text: str) -> None:
+    def _handle(self, text: str, *, is_quoted: bool) -> None:
         """Run a command or ask a question; a failure is one line and the chat goes on."""
         name, _, rest = text.partition(" ")
         try:
-            if name in self._commands:
+            if is_quoted:
+                self._ask(text)
+            elif name in self._commands:
                 self._commands[name](rest.strip())
             elif name.startswith("/") and "/" not in name[1:]:
                 self._display.note(f"no command {name}; /help lists them")
@@ -113,6 +116,7 @@ class Console:
 
     def _ask(self, question: str) -> None:
         self._last_question, self._last_was_noted = question, False
+        self._last_result = None
         sampling = asdict(self._conversation.sampling)
         messages = self._conversation.asking(question)
         # Leaving the block in mid-answer, as Ctrl-C does, cancels the job.

@@ -20,14 +20,18 @@ def _integer_or_none(text: str) -> int | None:
     return None if text.lower() == "none" else int(text)
 
 
+def _number_or_none(text: str) -> float | None:
+    return None if text.lower() == "none" else float(text)
+
+
 def _stop_strings(text: str) -> tuple[str, ...]:
     return () if text.lower() == "none" else tuple(text.split("|"))
 
 
 _READERS: dict[str, Callable[[str], Any]] = {
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
+    "temperature": _number_or_none,
+    "top_k": _integer_or_none,
+    "top_p": _number_or_none,
     "max_tokens": _integer_or_none,
     "stop": _stop_strings,
     "seed": _integer_or_none,

@@ -18,7 +18,7 @@ POSITION_EVERY_S = 0.5
 
 # A model may write anything; on a terminal a control character would be a command to it.
 _VISIBLE_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-_VISIBLE_CONTROLS |= {0x7F: 0x2421, 0x9B: ord("�")}
+_VISIBLE_CONTROLS |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), ord("�"))}
 
 
 class Display:

@@ -69,6 +69,11 @@ def load_runner(path: Path, config: EngineConfig, progress: Progress | None = No
         "loaded %s: backend=%s dtype=%s device=%s num_blocks=%d block_size=%d",
         *(path, ops.name, dtype, device, num_blocks, config.block_size),
     )
+    if num_blocks * config.block_size < context_length:
+        logger.warning(
+            "the KV cache holds %d tokens, so no request can use the context of %d; give it more",
+            *(num_blocks * config.block_size, context_length),
+        )
     return ModelRunner(model, cache, device)
 
 

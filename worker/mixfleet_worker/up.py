@@ -256,11 +256,14 @@ def _only_one(data_dir: Path) -> Iterator[None]:
     """Hold the lock of the data directory.
 
     Raises:
-        UpError: Another ``mixfleet up`` holds it.
+        UpError: Another ``mixfleet up`` holds it, or it cannot be made or written.
     """
-    data_dir.mkdir(parents=True, exist_ok=True)
     path = data_dir / "up.lock"
-    lock = FileLock(path)
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+    except OSError as error:
+        raise UpError(f"data_dir={data_dir}: {error.strerror}; give another --data-dir") from error
     if not lock.try_acquire():
         raise UpError(
             f"`mixfleet up` is running already for {data_dir} (process {path.read_text().strip()}):"

@@ -1,4 +1,6 @@
+import errno
 import importlib.metadata
+import os
 import sys
 import types
 
@@ -152,3 +154,15 @@ def test_a_target_that_is_no_command_is_our_bug() -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=[str(command.name) for command in COMMANDS])
 def test_every_target_of_the_table_exists(command: LazyCommand) -> None:
     assert command.load().name == command.name
+
+
+@pytest.mark.parametrize(("number", "is_told"), [(errno.ENOSPC, True), (errno.EPIPE, False)])
+def test_a_stream_that_cannot_be_written_is_one_line(number: int, is_told: bool) -> None:
+    @click.command()
+    def full() -> None:
+        raise OSError(number, os.strerror(number))
+
+    result = CliRunner().invoke(ErrorLineGroup("mixfleet", {"full": full}), ["full"])
+    assert result.exit_code == 1
+    assert ("Error: [Errno 28] No space left on device" in result.output) is is_told
+    assert "Traceback" not in result.output

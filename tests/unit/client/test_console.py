@@ -212,3 +212,9 @@ def test_stats_come_by_themselves_when_asked_for() -> None:
 def test_answers_and_notes_go_to_different_streams() -> None:
     session = Session("/help", "a", "/stats", answers=(answer("x"),))
     assert session.out == "x\n"
+
+
+@pytest.mark.parametrize("command", ["/clear now?", "/bye"])
+def test_quoted_text_is_never_a_command(command: str) -> None:
+    session = Session(f'"""{command}"""', answers=(answer("ok"),))
+    assert session.sent[0].messages[-1].content == command

@@ -126,3 +126,11 @@ def test_turns_are_chat_messages() -> None:
     conversation = Conversation()
     conversation.note("a", "b")
     assert conversation.turns[0] == ChatMessage(role="user", content="a")
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "max_tokens", "seed"])
+def test_none_gives_a_setting_back_to_the_model(name: str) -> None:
+    conversation = Conversation()
+    conversation.set(name, "1")
+    conversation.set(name, "none")
+    assert conversation.sampling == SamplingSettings()

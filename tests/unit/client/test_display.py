@@ -81,8 +81,8 @@ def test_a_dumb_terminal_gets_no_status_line(term: str, monkeypatch: pytest.Monk
 
 def test_a_terminal_is_not_commanded_by_the_model() -> None:
     out = Terminal()
-    show(*fleet(answer("a\x1b[2J", "\x07\x9b\tb\n")), out, io.StringIO())
-    assert out.getvalue() == "a␛[2J␇�\tb\n"
+    show(*fleet(answer("a\x1b[2J", "\x07\x9b\x90\x9d\tb\n")), out, io.StringIO())
+    assert out.getvalue() == "a␛[2J␇���\tb\n"
 
 
 def test_a_pipe_gets_the_answer_unchanged() -> None:

@@ -125,3 +125,14 @@ def test_the_back_end_follows_the_device() -> None:
     assert make_ops("auto", torch.bfloat16, torch.device("cuda")).name == "reference"
     with pytest.raises(ConfigError, match="backend='cpu'"):
         make_ops("cpu", torch.bfloat16, torch.device("cuda"))
+
+
+def test_a_cache_smaller_than_the_context_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_hf_checkpoint(tmp_path, SMALL)
+    load_engine(folder, EngineConfig(dtype="float32", device="cpu", num_blocks=3))
+    assert "the KV cache holds 48 tokens, so no request can use the context of 64" in caplog.text
+    caplog.clear()
+    load_engine(folder, CONFIG)
+    assert "KV cache" not in caplog.text

@@ -119,3 +119,12 @@ def test_up_names_all_missing_extras_at_once(
     result = CliRunner().invoke(up, ["--data-dir", str(tmp_path), *arguments], env=unset)
     assert result.exit_code == 1
     assert f"pip install 'mixfleet[{extras}]'" in result.output
+
+
+@pytest.mark.parametrize("below", ["", "b"])
+def test_up_names_a_data_directory_that_cannot_be_made(below: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    result = CliRunner().invoke(up, ["--simulated", "--data-dir", str(file / below)])
+    assert result.exit_code == 1
+    assert f"Error: data_dir={file / below}: " in result.output
