@@ -19,6 +19,7 @@
         │   ├── InvalidMessagesError
         │   └── PromptTooLongError
         ├── JobFailedError          it ran and failed
+        │   ├── DeadlineExceededError  its time was over
         │   ├── EngineFailedError   the engine raised on this job
         │   └── WorkerLostError     its workers died, too often to try again
         ├── JobCancelledError       somebody cancelled it
@@ -183,6 +184,12 @@ class JobFailedError(JobError):
     code = "failed"
 
 
+class DeadlineExceededError(JobFailedError):
+    """The job's time was over before its answer was complete."""
+
+    code = "deadline_exceeded"
+
+
 class EngineFailedError(JobFailedError):
     """The engine raised on this job."""
 
@@ -234,6 +241,7 @@ def error_from_end(end: "JobEnd", *, job_id: str | None = None) -> JobError:
         InvalidRequestError,
         InvalidMessagesError,
         PromptTooLongError,
+        DeadlineExceededError,
         EngineFailedError,
         WorkerLostError,
     ):

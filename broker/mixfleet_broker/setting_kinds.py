@@ -44,6 +44,21 @@ def whole(*, at_least: int) -> Kind:
     return Kind(metavar="N", read=read)
 
 
+def whole_or_auto(*, at_least: int) -> Kind:
+    """Whole numbers, or ``auto``, which reads as None: mixfleet chooses."""
+    number = whole(at_least=at_least)
+
+    def read(value: object) -> object:
+        if isinstance(value, str) and value.lower() == "auto":
+            return None
+        try:
+            return number.read(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, or auto") from None
+
+    return Kind(metavar="N|auto", read=read)
+
+
 def seconds(*, at_least: float = -math.inf, above: float = -math.inf) -> Kind:
     """Lengths of time, fractions included."""
 
@@ -68,6 +83,22 @@ def choice(*words: str) -> Kind:
         return word
 
     return Kind(metavar="|".join(words), read=read)
+
+
+def switch() -> Kind:
+    """On or off."""
+    words = {"on": True, "true": True, "yes": True, "1": True}
+    words |= {"off": False, "false": False, "no": False, "0": False}
+
+    def read(value: object) -> bool:
+        if isinstance(value, bool):
+            return value
+        word = value.lower() if isinstance(value, str) else ""
+        if word not in words:
+            raise ValueError("must be on or off")
+        return words[word]
+
+    return Kind(metavar="on|off", read=read)
 
 
 def text(pattern: str, requirement: str, *, metavar: str = "TEXT") -> Kind:

@@ -26,8 +26,10 @@ from mixfleet_broker.setting_kinds import (
     identifier,
     redis_url,
     seconds,
+    switch,
     text,
     whole,
+    whole_or_auto,
 )
 
 ENV_PREFIX: Final = "MIXFLEET_"
@@ -115,8 +117,11 @@ class Settings:
         "How a conversation becomes a prompt.",
         shown="as the checkpoint was trained",
     )
-    max_batch_size: int = _setting(
-        whole(at_least=1), 8, "Most jobs that a worker generates at the same time."
+    max_batch_size: int | None = _setting(
+        whole_or_auto(at_least=1),
+        None,
+        "Most jobs that a worker generates at the same time.",
+        shown="auto: what the memory holds, at most 32 on a CPU",
     )
     max_step_tokens: int = _setting(
         whole(at_least=1), 512, "Most tokens in one step; a longer prompt goes in chunks."
@@ -133,8 +138,27 @@ class Settings:
         "Memory for the KV cache, in GiB; one request can use no more tokens than it holds.",
         shown="what a full batch needs, within reason",
     )
+    prefix_cache: bool = _setting(
+        switch(),
+        default=True,
+        help_text="Whether jobs share the KV cache of equal beginnings.",
+        shown="`on`",
+    )
+    itl_target_s: float = _setting(
+        seconds(above=0),
+        0.1,
+        "Longest pause between two tokens that prefilling another prompt may cause, in seconds.",
+    )
     dtype: str = _setting(
-        choice("auto", "float32", "bfloat16", "float16"), "auto", "Number type of the weights."
+        choice("auto", "float32", "bfloat16", "float16"),
+        "auto",
+        "Number type of weights, activations and KV cache.",
+    )
+    weight_dtype: str = _setting(
+        choice("auto", "fp8", "int8", "int4"),
+        "auto",
+        "How the large matrices are stored; they are quantised while loading.",
+        shown="auto: in `dtype`",
     )
     device: str = _setting(
         text(r"auto|cpu|cuda(:\d+)?", "must be auto, cpu, cuda or cuda:N"),
@@ -142,10 +166,13 @@ class Settings:
         "Where the engine computes.",
     )
     backend: str = _setting(
-        choice("auto", "reference", "cpu"), "auto", "Which arithmetic the engine uses."
+        choice("auto", "reference", "cpu", "native"), "auto", "Which arithmetic the engine uses."
     )
     threads: int | None = _setting(
-        whole(at_least=1), None, "CPU threads of the engine.", shown="all cores but one"
+        whole(at_least=1),
+        None,
+        "CPU threads of the engine, of each process that shares the model.",
+        shown="all cores but one; shared out with --tp",
     )
     lease_s: float = _setting(
         seconds(at_least=1),

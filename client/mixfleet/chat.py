@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from mixfleet.console import Console
 from mixfleet.conversation import Conversation
 from mixfleet.display import Display, NoteHandler, stats_line
 from mixfleet.fleet import Client
+from mixfleet.local import local_command
 from mixfleet.stream import ChatResult
 from mixfleet_broker.errors import ConfigError
 from mixfleet_broker.messages import SamplingSettings
@@ -36,6 +38,12 @@ HISTORY_FILE = "chat_history"
 @click.option("--seed", type=int, help="The same seed and question give the same answer.")
 @click.option("--stats", is_flag=True, help="Say what each answer took, on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="With one question: print a JSON object.")
+@click.option(
+    "--local",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Load this checkpoint and chat with it here, without any fleet.",
+)
 @setting_options("redis", "model", "data_dir", "first_token_timeout_s", "log_level")
 def chat(
     settings: Settings,
@@ -43,6 +51,7 @@ def chat(
     system: str | None,
     stats: bool,
     as_json: bool,
+    local: Path | None,
     **sampling: Any,
 ) -> None:
     """Chat with a model of the fleet.
@@ -53,12 +62,19 @@ def chat(
     """
     if sys.stdout is None:
         raise click.UsageError("no stdout to write an answer to")
-    given = {name: value for name, value in sampling.items() if value is not None}
-    conversation = Conversation(system=system, sampling=SamplingSettings(**given))
+    given = {name: value for name, value in sampling.items() if value not in (None, ())}
     if question is None and not stdin_is_terminal():
         question = _piped_text()
     if as_json and question is None:
         raise click.UsageError("--json needs a question: -q or a pipe")
+    if local is not None:
+        if as_json:
+            raise click.UsageError("--json works with a fleet only")
+        command = local_command(
+            local, question=question, system=system, sampling=given, shows_stats=stats
+        )
+        os.execv(command[0], command)
+    conversation = Conversation(system=system, sampling=SamplingSettings(**given))
     display = Display(sys.stdout, sys.stderr)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[NoteHandler(display)])
     with _leaving_on_signals(), Client(settings=settings) as client:

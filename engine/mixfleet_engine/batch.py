@@ -6,7 +6,8 @@ them, S slots of M blocks, R rows to sample.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import cached_property
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -44,19 +45,84 @@ class DecodeGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """Everything that the model needs of one step."""
+class ChunkTable:
+    """The step's chunks as flat int32 arrays, for back-ends that walk them on their own.
 
+    Worked example, block_size 4: a prefill of positions 3..5 with blocks (7, 2), then a decode at
+    position 1 with block (5,)::
+
+        first_rows 0 3   num_rows 3 1   starts 3 1   table_offsets 0 2   tables 7 2 5
+    """
+
+    first_rows: Tensor
+    """``[C]`` where each chunk begins in the step's ``[T, ...]`` tensors."""
+    num_rows: Tensor
+    """``[C]``."""
+    starts: Tensor
+    """``[C]`` position of the first token of each."""
+    table_offsets: Tensor
+    """``[C]`` where each chunk's block table begins in ``tables``."""
+    tables: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Everything that the model needs of one step. What few back-ends need is made when asked."""
+
+    plan_chunks: tuple[PlannedChunk, ...]
+    firsts: tuple[int, ...]
+    """First row of each chunk."""
+    block_size: int
+    device: torch.device
     token_ids: Tensor
     """``[T]``."""
     positions: Tensor
     """``[T]`` place of each token in its own sequence."""
-    slots: Tensor
-    """``[T]`` where its key and value go: ``block * block_size + offset``."""
-    prefills: tuple[PrefillChunk, ...]
-    decodes: tuple[DecodeGroup, ...]
     sample_rows: Tensor
     """``[R]`` rows whose logits are wanted, in plan order."""
+
+    @cached_property
+    def chunks(self) -> ChunkTable:
+        """The chunks as flat arrays on the CPU."""
+        chunks = self.plan_chunks
+        ends = accumulate((len(chunk.block_table) for chunk in chunks), initial=0)
+        return ChunkTable(
+            first_rows=_int32(self.firsts),
+            num_rows=_int32([len(chunk.token_ids) for chunk in chunks]),
+            starts=_int32([chunk.start for chunk in chunks]),
+            table_offsets=_int32(list(ends)[:-1]),
+            tables=_int32(list(chain.from_iterable(chunk.block_table for chunk in chunks))),
+        )
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """``[T]`` where each token's key and value go: ``block * block_size + offset``."""
+        slots = [
+            torch.tensor(chunk.block_table)[places // self.block_size] * self.block_size
+            + places % self.block_size
+            for chunk in self.plan_chunks
+            for places in [torch.arange(chunk.start, chunk.start + len(chunk.token_ids))]
+        ]
+        return torch.cat(slots).to(self.device)
+
+    @cached_property
+    def prefills(self) -> tuple[PrefillChunk, ...]:
+        """The chunks of more than one token."""
+        return tuple(
+            _prefill(first, chunk, self.device)
+            for first, chunk in zip(self.firsts, self.plan_chunks, strict=True)
+            if len(chunk.token_ids) > 1
+        )
+
+    @cached_property
+    def decodes(self) -> tuple[DecodeGroup, ...]:
+        """The chunks of one token, those of similar length together."""
+        placed = [
+            (first, chunk)
+            for first, chunk in zip(self.firsts, self.plan_chunks, strict=True)
+            if len(chunk.token_ids) == 1
+        ]
+        return _decodes(placed, self.block_size, self.device)
 
 
 def make_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
@@ -70,23 +136,22 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
         sample_rows  2 3              (the last row of each chunk that samples)
     """
     chunks = plan.chunks
-    ends = torch.tensor([len(chunk.token_ids) for chunk in chunks]).cumsum(0)
-    firsts = [end - len(chunk.token_ids) for end, chunk in zip(ends.tolist(), chunks, strict=True)]
-    placed = list(zip(firsts, chunks, strict=True))
-    positions = [torch.arange(chunk.start, chunk.start + len(chunk.token_ids)) for chunk in chunks]
-    slots = [
-        torch.tensor(chunk.block_table)[places // block_size] * block_size + places % block_size
-        for chunk, places in zip(chunks, positions, strict=True)
-    ]
-    sampled = torch.tensor([chunk.samples for chunk in chunks])
+    ends = list(accumulate((len(chunk.token_ids) for chunk in chunks), initial=0))
+    positions = (range(chunk.start, chunk.start + len(chunk.token_ids)) for chunk in chunks)
+    sample_rows = [end - 1 for end, chunk in zip(ends[1:], chunks, strict=True) if chunk.samples]
     return Batch(
+        plan_chunks=chunks,
+        firsts=tuple(ends[:-1]),
+        block_size=block_size,
+        device=device,
         token_ids=torch.tensor(list(chain.from_iterable(c.token_ids for c in chunks))).to(device),
-        positions=torch.cat(positions).to(device),
-        slots=torch.cat(slots).to(device),
-        prefills=tuple(_prefill(first, c, device) for first, c in placed if len(c.token_ids) > 1),
-        decodes=_decodes([(r, c) for r, c in placed if len(c.token_ids) == 1], block_size, device),
-        sample_rows=(ends[sampled] - 1).to(device),
+        positions=torch.tensor(list(chain.from_iterable(positions))).to(device),
+        sample_rows=torch.tensor(sample_rows, dtype=torch.long).to(device),
     )
+
+
+def _int32(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
 
 
 def _prefill(first_row: int, chunk: PlannedChunk, device: torch.device) -> PrefillChunk:

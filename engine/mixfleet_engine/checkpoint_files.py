@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mixfleet_engine.errors import CheckpointError
+from mixfleet_engine.sharding import WHOLE
 
 
 class TensorFiles(Protocol):
@@ -27,8 +28,8 @@ class TensorFiles(Protocol):
         """Shape of a stored tensor, without reading it."""
         ...
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return rows ``[start, stop)`` of a tensor, all by default; only they are read."""
+    def read(self, name: str, rows: slice = WHOLE, columns: slice = WHOLE) -> Tensor:
+        """Return these rows and columns of a tensor, all by default; only they are read."""
         ...
 
 
@@ -53,12 +54,12 @@ class SafetensorFiles:
         """Shape of a stored tensor, without reading it."""
         return tuple(self._handles[name].get_slice(name).get_shape())
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return rows ``[start, stop)`` of a tensor, all by default; only they are read."""
-        if start == 0 and stop is None:
+    def read(self, name: str, rows: slice = WHOLE, columns: slice = WHOLE) -> Tensor:
+        """Return these rows and columns of a tensor, all by default; only they are read."""
+        if rows == columns == WHOLE:
             tensor: Tensor = self._handles[name].get_tensor(name)
         else:
-            tensor = self._handles[name].get_slice(name)[start:stop]
+            tensor = self._handles[name].get_slice(name)[_cut(rows, columns)]
         return tensor
 
 
@@ -80,18 +81,24 @@ class TorchFiles:
         """Shape of a stored tensor, without reading it."""
         return tuple(self._copies[name][0][1].shape)
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return rows ``[start, stop)`` of a tensor, all by default; only they are read.
+    def read(self, name: str, rows: slice = WHOLE, columns: slice = WHOLE) -> Tensor:
+        """Return these rows and columns of a tensor, all by default; only they are read.
 
         Raises:
             CheckpointError: Files disagree about it. (Some releases repeat the attention and the
                 norms in each file, which is fine as long as the copies are equal.)
         """
+        cut = _cut(rows, columns)
         (_, first), *others = self._copies[name]
         for file, other in others:
-            if not torch.equal(first, other):
+            if first.shape != other.shape or not torch.equal(first[cut], other[cut]):
                 raise CheckpointError(f"{file}: {name} differs from the one in another file")
-        return first[start:stop]
+        return first[cut]
+
+
+def _cut(rows: slice, columns: slice) -> slice | tuple[slice, slice]:
+    """Return an index; the one of all columns serves vectors as well."""
+    return rows if columns == WHOLE else (rows, columns)
 
 
 def indexed_files(index: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mixfleet_engine.checkpoint_files import SafetensorFiles, TensorFiles, indexed_files
 from mixfleet_engine.errors import CheckpointError
+from mixfleet_engine.sharding import WHOLE
 
 _WORDS = (
     ("tok_embeddings", "model.embed_tokens"),
@@ -64,6 +65,6 @@ class HfCheckpoint:
         """Shape of the stored tensor of a weight."""
         return self._files.shape(self.stored_name(name))
 
-    def read(self, name: str) -> Tensor:
-        """Return one weight."""
-        return self._files.read(self.stored_name(name))
+    def read(self, name: str, rows: slice = WHOLE, columns: slice = WHOLE) -> Tensor:
+        """Return these rows and columns of one weight, all by default."""
+        return self._files.read(self.stored_name(name), rows, columns)

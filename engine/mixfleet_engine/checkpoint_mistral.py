@@ -11,6 +11,7 @@ from torch import Tensor
 from mixfleet_engine.checkpoint_files import SafetensorFiles, TensorFiles, TorchFiles
 from mixfleet_engine.config import ModelConfig
 from mixfleet_engine.errors import CheckpointError
+from mixfleet_engine.sharding import WHOLE
 
 _EXPERT = re.compile(r"(layers\.\d+)\.feed_forward\.experts\.(\d+)\.(w[123])\.weight")
 
@@ -68,18 +69,26 @@ class MistralCheckpoint:
         """Shape of the stored tensor of a weight."""
         return self._files.shape(self.stored_name(name))
 
-    def read(self, name: str) -> Tensor:
-        """Return one weight, reading only its own rows."""
+    def read(self, name: str, rows: slice = WHOLE, columns: slice = WHOLE) -> Tensor:
+        """Return these rows and columns of one weight, all by default; nothing else is read.
+
+        Rows of ``wq`` and ``wk`` must be whole heads.
+        """
         expert = _EXPERT.fullmatch(name)
         if expert is not None and self._is_stacked(name):
-            width = self._config.hidden_dim
-            start = int(expert[2]) * width
-            part = self._files.read(self.stored_name(name), start, start + width)  # [F, D]
-            return part.T if expert[3] == "w2" else part
-        tensor = self._files.read(self.stored_name(name))
+            first = int(expert[2]) * self._config.hidden_dim
+            if expert[3] == "w2":
+                return self._read_stacked(name, first, columns, rows).T
+            return self._read_stacked(name, first, rows, columns)
+        tensor = self._files.read(self.stored_name(name), rows, columns)
         if name.endswith(("attention.wq.weight", "attention.wk.weight")):
             return rotary_halves_apart(tensor, self._config.head_dim)
         return tensor
+
+    def _read_stacked(self, name: str, first: int, part: slice, columns: slice) -> Tensor:
+        """Return ``part`` of the F rows that begin at ``first``, ``[F, D]``."""
+        start, stop, _ = part.indices(self._config.hidden_dim)
+        return self._files.read(self.stored_name(name), slice(first + start, first + stop), columns)
 
     def _is_stacked(self, name: str) -> bool:
         return "block_sparse_moe.w" in self.stored_name(name)

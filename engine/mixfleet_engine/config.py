@@ -5,16 +5,18 @@ Torch-free: dtype and device are plain words here, and the numeric files transla
 
 import json
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from mixfleet_engine.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
 Layout = Literal["mistral", "hf"]
-Backend = Literal["auto", "reference", "cpu"]
+Backend = Literal["auto", "reference", "cpu", "native"]
+WeightDtype = Literal["auto", "fp8", "int8", "int4"]
 
 _DEFAULT_ROPE_THETA = 1_000_000.0
 """What both layouts mean when the file does not say."""
@@ -206,9 +208,9 @@ class EngineConfig:
     num_blocks: int | None = None
     """KV cache in blocks; None: as ``kv_cache_bytes`` says."""
     kv_cache_bytes: int | None = None
-    """KV cache in bytes; None: enough for ``max_batch_size`` full contexts, within reason."""
-    max_batch_size: int = 8
-    """Most sequences in one step."""
+    """KV cache of one device in bytes; None: what a full batch needs, see ``plan_blocks``."""
+    max_batch_size: int | None = 8
+    """Most sequences in one step; None: what the memory plan says."""
     max_step_tokens: int = 512
     """Most tokens in one step; a longer prompt is prefilled in chunks."""
     context_length: int | None = None
@@ -217,27 +219,36 @@ class EngineConfig:
     """``auto``, ``float32``, ``bfloat16`` or ``float16``; auto: what the device computes fast."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``; auto: cuda where there is one."""
+    weight_dtype: WeightDtype = "auto"
+    """How the large matrices are stored; auto: like all else, in ``dtype``."""
     backend: Backend = "auto"
+    prefix_cache: bool = True
+    """Whether requests share the KV cache of equal beginnings."""
+    itl_target_s: float = 0.1
+    """Longest time between two tokens of a running answer that prefilling another may cause."""
     threads: int | None = None
     """CPU threads; None: torch's own default, less one core for what runs beside the engine."""
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_batch_size", "max_step_tokens"):
+        for name in ("block_size", "max_step_tokens"):
             _check_at_least_one(name, getattr(self, name))
-        for name in ("num_blocks", "kv_cache_bytes", "context_length", "threads"):
+        for name in (*_OPTIONAL_COUNTS, "max_batch_size"):
             if getattr(self, name) is not None:
                 _check_at_least_one(name, getattr(self, name))
         if self.num_blocks is not None and self.kv_cache_bytes is not None:
             raise ConfigError(
                 f"num_blocks={self.num_blocks} and kv_cache_bytes={self.kv_cache_bytes}: set one"
             )
-        if self.max_step_tokens < self.max_batch_size:
+        if self.max_batch_size is not None and self.max_step_tokens < self.max_batch_size:
             raise ConfigError(
                 f"max_step_tokens={self.max_step_tokens}: less than "
                 f"max_batch_size={self.max_batch_size}, so a full batch could not step"
             )
         _check_word("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
-        _check_word("backend", self.backend, ("auto", "reference", "cpu"))
+        _check_word("backend", self.backend, get_args(Backend))
+        _check_word("weight_dtype", self.weight_dtype, get_args(WeightDtype))
+        if not 0 < self.itl_target_s < math.inf:
+            raise ConfigError(f"itl_target_s={self.itl_target_s}: must be above 0, and finite")
         if self.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device={self.device!r}: must be auto, cpu, cuda or cuda:N")
 
@@ -254,6 +265,9 @@ class EngineConfig:
                 f"context_length={self.context_length}: the model has {model.context_length}"
             )
         return self.context_length
+
+
+_OPTIONAL_COUNTS = ("num_blocks", "kv_cache_bytes", "context_length", "threads")
 
 
 def _check_at_least_one(name: str, value: int) -> None:
@@ -274,7 +288,7 @@ class Shard:
     world: int = 1
 
     def __post_init__(self) -> None:
-        if self.world != 1:
-            raise ConfigError(f"world={self.world}: tensor parallelism is not built yet, only 1")
-        if self.rank != 0:
-            raise ConfigError(f"rank={self.rank}: must be 0 in a world of {self.world}")
+        if self.world < 1:
+            raise ConfigError(f"world={self.world}: must be at least 1")
+        if not 0 <= self.rank < self.world:
+            raise ConfigError(f"rank={self.rank}: must be 0 to {self.world - 1}")

@@ -20,7 +20,7 @@ class GenerationEngine(Protocol):
 
     @property
     def free_tokens(self) -> int:
-        """Tokens of KV cache that nobody holds."""
+        """Tokens of KV cache that nobody holds, those that are only remembered included."""
         ...
 
     @property
@@ -29,7 +29,7 @@ class GenerationEngine(Protocol):
         ...
 
     def submit(self, request: GenerateRequest) -> None:
-        """Queue ``request``; it joins at the next step that has room.
+        """Queue ``request``; it joins at the next step that has room and no better use for it.
 
         Raises:
             RequestRejectedError: It can never run here. Nothing was queued.
@@ -41,5 +41,8 @@ class GenerationEngine(Protocol):
         ...
 
     def step(self) -> list[StepOutput]:
-        """Run one forward pass over everything that is ready and return the new tokens."""
+        """Run one forward pass over everything that is ready; the new tokens and ends of answers.
+
+        Requests that are past their deadlines end here.
+        """
         ...

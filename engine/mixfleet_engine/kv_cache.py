@@ -11,12 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from mixfleet_engine.config import EngineConfig, ModelConfig
-from mixfleet_engine.errors import ConfigError
-
-_CPU_CACHE_BYTES = 2 << 30
-_CUDA_FREE_SHARE = 0.85
-"""Of what the weights leave free; the rest is for activations."""
+from mixfleet_engine.config import ModelConfig
 
 
 class KvCache:
@@ -60,39 +55,3 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     # neither time nor memory until a block is used.
     num_bytes = math.prod(shape) * dtype.itemsize
     return torch.from_numpy(numpy.zeros(num_bytes, dtype=numpy.uint8)).view(dtype).view(shape)
-
-
-def block_bytes(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Return the bytes of one block in all layers, keys and values together."""
-    return model.kv_values_per_token * block_size * dtype.itemsize
-
-
-def planned_num_blocks(
-    model: ModelConfig, engine: EngineConfig, dtype: torch.dtype, device: torch.device
-) -> int:
-    """Return how many blocks the settings ask for; the weights must be loaded already.
-
-    Without a setting: enough for ``max_batch_size`` sequences of full context, but at most 2 GiB
-    on a CPU, or 85 % of what is free on a GPU.
-
-    Raises:
-        ConfigError: The memory holds not even one block.
-    """
-    if engine.num_blocks is not None:
-        return engine.num_blocks
-    one = block_bytes(model, engine.block_size, dtype)
-    if engine.kv_cache_bytes is not None:
-        budget = engine.kv_cache_bytes
-    else:
-        blocks_per_sequence = -(-engine.context_of(model) // engine.block_size)
-        budget = min(engine.max_batch_size * blocks_per_sequence * one, _sane_bytes(device))
-    if budget < one:
-        raise ConfigError(f"{budget} bytes of KV cache hold no block, which takes {one} bytes")
-    return budget // one
-
-
-def _sane_bytes(device: torch.device) -> int:
-    if device.type == "cpu":
-        return _CPU_CACHE_BYTES
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free * _CUDA_FREE_SHARE)

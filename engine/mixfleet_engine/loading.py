@@ -6,84 +6,141 @@ from pathlib import Path
 
 import torch
 
-from mixfleet_engine.config import EngineConfig, ModelConfig, Shard
+from mixfleet_engine.backend_choice import choose_backend
+from mixfleet_engine.config import EngineConfig, ModelConfig
+from mixfleet_engine.devices import machine_of
 from mixfleet_engine.engine import Engine
 from mixfleet_engine.errors import ConfigError
-from mixfleet_engine.kv_cache import KvCache, planned_num_blocks
+from mixfleet_engine.fit import require_fit
+from mixfleet_engine.kv_cache import KvCache
 from mixfleet_engine.model import MixtralModel
-from mixfleet_engine.ops.cpu import CpuOps, bfloat16_is_fast
-from mixfleet_engine.ops.door import Ops
-from mixfleet_engine.ops.reference import ReferenceOps
+from mixfleet_engine.ops.cpu import bfloat16_is_fast
+from mixfleet_engine.plan import EngineSizes, engine_sizes
+from mixfleet_engine.rank_runner import LeadingRunner
+from mixfleet_engine.ranks import OneRank, Ranks
 from mixfleet_engine.runner import ModelRunner
 from mixfleet_engine.scheduler import Scheduler
+from mixfleet_engine.sharding import check_sharing, share_of
 from mixfleet_engine.weights import Progress, WeightLoader, open_checkpoint
 
 logger = logging.getLogger(__name__)
 
 
-def load_engine(path: Path, config: EngineConfig, progress: Progress | None = None) -> Engine:
+def load_engine(
+    path: Path,
+    config: EngineConfig,
+    progress: Progress | None = None,
+    ranks: Ranks | None = None,
+) -> Engine:
     """Load the checkpoint folder ``path`` and return an engine that runs it.
 
     Args:
         path: Mistral's or the Hugging Face layout.
         config: How to run it.
         progress: Called after each tensor with bytes done and bytes in all.
+        ranks: Who else holds a part of the model; None: nobody. This is the first of them, and
+            each other one calls `load_runner` and then `follow`.
 
     Raises:
         CheckpointError: A file is missing, broken or of the wrong shape.
         ConfigError: A setting does not fit the model or the machine.
     """
     model = ModelConfig.from_checkpoint(path)
-    runner = load_runner(path, config, progress)
+    ranks = ranks or OneRank()
+    sizes = planned_sizes(model, config, ranks.shard.world)
+    runner = load_runner(path, config, progress, ranks)
     scheduler = Scheduler(
         num_blocks=runner.num_blocks,
         block_size=runner.block_size,
-        max_batch_size=config.max_batch_size,
+        max_batch_size=sizes.max_batch_size,
         max_step_tokens=config.max_step_tokens,
         context_length=config.context_of(model),
         vocab_size=model.vocab_size,
+        prefix_cache=config.prefix_cache,
+        itl_target_s=config.itl_target_s,
     )
-    return Engine(runner, scheduler)
+    return Engine(LeadingRunner(runner, ranks) if ranks.shard.world > 1 else runner, scheduler)
 
 
-def load_runner(path: Path, config: EngineConfig, progress: Progress | None = None) -> ModelRunner:
-    """Load the checkpoint folder ``path`` and return what runs its steps; see `load_engine`."""
-    model_config = ModelConfig.from_checkpoint(path)
-    context_length = config.context_of(model_config)
+def planned_sizes(model: ModelConfig, config: EngineConfig, world: int = 1) -> EngineSizes:
+    """Return the batch and the KV cache that fit beside the weights; nothing is loaded yet.
+
+    Raises:
+        DoesNotFitError: The model is too big for the memory; the text names what fits.
+        ConfigError: A setting asks for more than there is.
+    """
+    device = resolve_device(config.device)
+    dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
+    plan = require_fit(
+        model,
+        machine_of(device, world),
+        weight_dtype=dtype if config.weight_dtype == "auto" else config.weight_dtype,
+        kv_dtype=dtype,
+    )
+    return engine_sizes(plan, config, model)
+
+
+def load_runner(
+    path: Path,
+    config: EngineConfig,
+    progress: Progress | None = None,
+    ranks: Ranks | None = None,
+) -> ModelRunner:
+    """Load the rank's part of the model and return what runs its steps; see `load_engine`."""
+    ranks = ranks or OneRank()
+    model = ModelConfig.from_checkpoint(path)
+    check_sharing(model, ranks.shard.world, weight_dtype=config.weight_dtype)
+    # Before any rank loads: on a CPU each would find less memory than the one before.
+    num_blocks = ranks.lowest(planned_sizes(model, config, ranks.shard.world).num_blocks)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    ops = make_ops(config.backend, dtype, device)
-    torch.set_num_threads(config.threads or _spare_threads())
-    checkpoint = open_checkpoint(path, model_config, Shard())
-    loader = WeightLoader(checkpoint, model_config, dtype=dtype, device=device, progress=progress)
-    model = MixtralModel.load(loader, model_config, ops, context_length)
-    num_blocks = planned_num_blocks(model_config, config, dtype, device)
+    threads = config.threads or _spare_threads(ranks.shard.world)
+    torch.set_num_threads(threads)
+    backend = choose_backend(config, model, dtype=dtype, device=device, threads=threads)
+    loader = WeightLoader(
+        open_checkpoint(path, model),
+        model,
+        dtype=dtype,
+        device=device,
+        weight_dtype=config.weight_dtype,
+        progress=ranks.watched(progress),
+        shard=ranks.shard,
+    )
+    loaded = MixtralModel.load(loader, model, backend, config.context_of(model), ranks)
     cache = KvCache(
-        model_config,
+        share_of(model, ranks.shard),
         num_blocks=num_blocks,
         block_size=config.block_size,
         dtype=dtype,
         device=device,
     )
     logger.info(
-        "loaded %s: backend=%s dtype=%s device=%s num_blocks=%d block_size=%d",
-        *(path, ops.name, dtype, device, num_blocks, config.block_size),
+        "loaded %s: backend=%s dtype=%s weight_dtype=%s device=%s num_blocks=%d block_size=%d",
+        *(path, backend.name, dtype, config.weight_dtype, device, num_blocks, config.block_size),
     )
-    if num_blocks * config.block_size < context_length:
+    _warn_of_short_cache(num_blocks * config.block_size, config.context_of(model))
+    ranks.wait_for_loaded()
+    return ModelRunner(loaded, cache, device)
+
+
+def _warn_of_short_cache(num_tokens: int, context_length: int) -> None:
+    if num_tokens < context_length:
         logger.warning(
             "the KV cache holds %d tokens, so no request can use the context of %d; give it more",
-            *(num_blocks * config.block_size, context_length),
+            *(num_tokens, context_length),
         )
-    return ModelRunner(model, cache, device)
 
 
-def _spare_threads() -> int:
+def _spare_threads(world: int) -> int:
     """Return torch's own number, but one core less than there are.
 
     The client, Redis and the worker's own I/O run beside the engine. With a thread on every core
     they make its threads wait for each other at each product, which costs more than the core.
+    Several ranks share the cores out, whatever torch says: torchrun tells each of them one thread.
     """
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if world > 1:
+        return max(1, (num_cores or 1) // world)
     return min(torch.get_num_threads(), max(1, (num_cores or 1) - 1))
 
 
@@ -121,16 +178,3 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if fast else torch.float32
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def make_ops(backend: str, dtype: torch.dtype, device: torch.device) -> Ops:
-    """Return the back-end that the setting ``backend`` means on ``device``.
-
-    Raises:
-        ConfigError: It does not run there.
-    """
-    if backend == "cpu" and device.type != "cpu":
-        raise ConfigError(f"backend='cpu': does not run on device={str(device)!r}")
-    if backend == "reference" or device.type != "cpu":
-        return ReferenceOps()
-    return CpuOps(dtype)

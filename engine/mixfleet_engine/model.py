@@ -1,5 +1,8 @@
 """The Mixtral transformer: a step's tokens in, logits of the rows to sample out.
 
+Under tensor parallelism every rank runs this on its part of the weights: what a block returns is a
+partial sum, and the ranks add theirs up once per block.
+
 Shape letters: T tokens in the step, D model width, V vocabulary, R rows to sample.
 """
 
@@ -10,93 +13,111 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixfleet_engine.attention import Attention
 from mixfleet_engine.batch import Batch
 from mixfleet_engine.config import ModelConfig
 from mixfleet_engine.kv_cache import KvCache
-from mixfleet_engine.moe import MoeLayer
-from mixfleet_engine.ops.door import Linear, Ops
+from mixfleet_engine.layer_weights import AttentionWeights, MoeWeights, OutputWeights
+from mixfleet_engine.ops.door import AttentionBlock, Backend, MoeBlock, OutputBlock
+from mixfleet_engine.ranks import OneRank, Ranks
 from mixfleet_engine.rotary import RotaryTable
+from mixfleet_engine.sharding import part_of
 from mixfleet_engine.weights import WeightLoader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """One transformer layer: attention, then experts, each after its own norm."""
+    """One transformer layer: attention, then experts."""
 
-    attention_norm: Tensor
-    attention: Attention
-    ffn_norm: Tensor
-    moe: MoeLayer
-
-    @classmethod
-    def load(cls, loader: WeightLoader, number: int, config: ModelConfig, ops: Ops) -> Self:
-        """Read the weights of layer ``number``."""
-        return cls(
-            attention_norm=loader.tensor(f"layers.{number}.attention_norm.weight"),
-            attention=Attention.load(loader, number, config, ops),
-            ffn_norm=loader.tensor(f"layers.{number}.ffn_norm.weight"),
-            moe=MoeLayer.load(loader, number, config, ops),
-        )
+    attention: AttentionBlock
+    moe: MoeBlock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixtralModel:
-    """All weights of one model. It holds no state of any sequence."""
+    """One rank's weights of one model. It holds no state of any sequence."""
 
     config: ModelConfig
+    """Sizes of the whole model."""
     embedding: Tensor
-    """``[V, D]``."""
+    """``[V, D]``, or the rank's part of the V tokens."""
     layers: tuple[Layer, ...]
-    norm: Tensor
-    output: Linear
-    """``[R, D] -> [R, V]``."""
-    rotary: RotaryTable
-    ops: Ops
+    output: OutputBlock
+    ranks: Ranks
 
     @classmethod
-    def load(cls, loader: WeightLoader, config: ModelConfig, ops: Ops, context_length: int) -> Self:
+    def load(
+        cls,
+        loader: WeightLoader,
+        config: ModelConfig,
+        backend: Backend,
+        context_length: int,
+        ranks: Ranks | None = None,
+    ) -> Self:
         """Read all weights, one tensor after the other.
 
         Args:
             loader: Where from.
             config: Sizes of the model.
-            ops: The back-end that runs it.
+            backend: What runs it.
             context_length: Positions that sequences may reach.
+            ranks: Who else holds a part of the model; None: nobody.
+
+        Raises:
+            ConfigError: So many ranks cannot share the model.
         """
+        rotary = RotaryTable(
+            head_dim=config.head_dim,
+            context_length=context_length,
+            theta=config.rope_theta,
+            device=loader.device,
+        )
+
+        def load_layer(number: int) -> Layer:
+            # The raw weights end with this call; only what the back-end made of them stays.
+            attention = AttentionWeights.load(loader, number, config)
+            return Layer(
+                attention=backend.attention(attention, rotary),
+                moe=backend.moe(MoeWeights.load(loader, number, config)),
+            )
+
         embedding = loader.tensor("tok_embeddings.weight")
-        tied = config.tie_word_embeddings
         return cls(
             config=config,
             embedding=embedding,
-            layers=tuple(Layer.load(loader, n, config, ops) for n in range(config.n_layers)),
-            norm=loader.tensor("norm.weight"),
-            output=ops.linear(embedding if tied else loader.tensor("output.weight")),
-            rotary=RotaryTable(
-                head_dim=config.head_dim,
-                context_length=context_length,
-                theta=config.rope_theta,
-                device=loader.device,
-            ),
-            ops=ops,
+            layers=tuple(load_layer(number) for number in range(config.n_layers)),
+            output=backend.output(OutputWeights.load(loader, config, embedding)),
+            ranks=ranks or OneRank(),
         )
 
     def forward(self, batch: Batch, cache: KvCache) -> Tensor:
         """Return the logits ``[R, V]`` in fp32 of the batch's ``sample_rows``.
 
-        The keys and values of all T tokens are in ``cache`` afterwards.
+        On other ranks than the first ``[0, V]``. The keys and values of all T tokens are in
+        ``cache`` afterwards.
         """
-        eps = self.config.norm_eps
         # The running sum stays fp32: rounded at each of its many additions, it would be the main
         # error of a bf16 model.
-        x = F.embedding(batch.token_ids, self.embedding).float()  # [T, D]
-        rotary = self.rotary.at(batch.positions)
+        x = self._embed(batch.token_ids)
+        is_alone = self.ranks.shard.world == 1
         for layer in self.layers:
-            normed = self.ops.rms_norm(x, layer.attention_norm, eps)
-            x = x + layer.attention(normed, rotary, batch, cache)
-            x = x + layer.moe(self.ops.rms_norm(x, layer.ffn_norm, eps))
+            if is_alone:
+                layer.attention.add_to(x, batch, cache)
+                layer.moe.add_to(x)
+            else:
+                x += self.ranks.sum(layer.attention(x, batch, cache))
+                x += self.ranks.sum(layer.moe(x))
         if len(batch.sample_rows) == 0:  # in the middle of a long prompt
             return x.new_empty(0, self.config.vocab_size, dtype=torch.float32)
         # The vocabulary is wide: only the rows that are sampled pay for it.
-        last = self.ops.rms_norm(x[batch.sample_rows], self.norm, eps)  # [R, D]
-        return self.output(last).float()
+        logits = self.output(x[batch.sample_rows])
+        return self.ranks.gather_columns(logits, self.config.vocab_size)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        """Return ``[T, D]`` fp32."""
+        if self.ranks.shard.world == 1:
+            return F.embedding(token_ids, self.embedding).float()
+        places = token_ids - part_of(self.config.vocab_size, self.ranks.shard).start
+        is_own = (places >= 0) & (places < len(self.embedding))
+        found = F.embedding(places.where(is_own, 0), self.embedding)
+        # One rank has the token's row and the others add zeros, which is exact.
+        return self.ranks.sum(found * is_own[:, None]).float()

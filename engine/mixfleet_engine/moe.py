@@ -1,4 +1,4 @@
-"""The sparse mixture-of-experts feed-forward layer of Mixtral.
+"""The sparse mixture-of-experts half of a Mixtral layer, of a back-end's plain operations.
 
 Shape letters: T tokens in the step, D model width, F expert width, E experts, K experts per token.
 """
@@ -6,13 +6,11 @@ Shape letters: T tokens in the step, D model width, F expert width, E experts, K
 from dataclasses import dataclass
 from typing import Self
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixfleet_engine.config import ModelConfig
+from mixfleet_engine.layer_weights import ExpertWeights, MoeWeights
 from mixfleet_engine.ops.door import Linear, Ops
-from mixfleet_engine.weights import WeightLoader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,34 +29,36 @@ class Expert:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeLayer:
-    """A router and its experts."""
+    """A norm, a router and its experts; implements ``MoeBlock``."""
 
+    norm: Tensor
+    norm_eps: float
     gate: Tensor
-    """``[E, D]`` fp32: the choice of experts should not hang on the rounding of its scores."""
+    """``[E, D]`` fp32."""
     experts: tuple[Expert, ...]
     """E of them; shared experts are E times the same object."""
     experts_per_token: int
     ops: Ops
 
     @classmethod
-    def load(cls, loader: WeightLoader, layer: int, config: ModelConfig, ops: Ops) -> Self:
-        """Read the weights of one layer."""
-        name = f"layers.{layer}.feed_forward"
+    def make(cls, weights: MoeWeights, ops: Ops) -> Self:
+        """Return the block of these weights; the caller may drop them."""
 
-        def load_expert(number: int) -> Expert:
-            prefix = f"{name}.experts.{number}"
-            return Expert(
-                w13=ops.linear(loader.rows(f"{prefix}.w1.weight", f"{prefix}.w3.weight")),
-                w2=ops.linear(loader.tensor(f"{prefix}.w2.weight")),
-                ops=ops,
-            )
+        def expert(found: ExpertWeights) -> Expert:
+            return Expert(w13=ops.linear(found.w13), w2=ops.linear(found.w2), ops=ops)
 
-        if config.shared_experts:
-            experts = (load_expert(0),) * config.num_experts
+        if all(found is weights.experts[0] for found in weights.experts):
+            experts = (expert(weights.experts[0]),) * len(weights.experts)
         else:
-            experts = tuple(load_expert(number) for number in range(config.num_experts))
-        gate = loader.tensor(f"{name}.gate.weight", torch.float32)
-        return cls(gate=gate, experts=experts, experts_per_token=config.experts_per_token, ops=ops)
+            experts = tuple(expert(found) for found in weights.experts)
+        return cls(
+            norm=weights.norm,
+            norm_eps=weights.norm_eps,
+            gate=weights.gate,
+            experts=experts,
+            experts_per_token=weights.experts_per_token,
+            ops=ops,
+        )
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return shares (fp32) and numbers of the chosen experts, each ``[T, K]``."""
@@ -68,6 +68,11 @@ class MoeLayer:
         return best.softmax(-1), chosen
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the layer's output ``[T, D]`` for ``x`` ``[T, D]``, in the same dtype."""
-        shares, chosen = self.route(x)
-        return self.ops.mix_experts(x, shares, chosen, self.experts)
+        """Return what the block adds to the running sum ``x`` ``[T, D]``."""
+        normed = self.ops.rms_norm(x, self.norm, self.norm_eps)
+        shares, chosen = self.route(normed)
+        return self.ops.mix_experts(normed, shares, chosen, self.experts)
+
+    def add_to(self, x: Tensor) -> None:
+        """Add what :meth:`__call__` returns to ``x`` in place."""
+        x += self(x)

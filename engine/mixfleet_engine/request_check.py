@@ -7,6 +7,12 @@ from mixfleet_engine.errors import InvalidRequestError, PromptTooLongError
 from mixfleet_engine.request import GenerateRequest, SamplingParams
 
 MAX_SEED = 2**64 - 1
+MAX_PENALTY = 2
+"""Of presence and frequency, to either side."""
+MAX_LOGPROBS = 20
+MAX_BIAS = 100
+"""To either side: it bans a token or all others, as far as finite numbers can."""
+MAX_BIASES = 1024
 
 
 def check_request(request: GenerateRequest, *, vocab_size: int, context_length: int) -> None:
@@ -19,7 +25,8 @@ def check_request(request: GenerateRequest, *, vocab_size: int, context_length: 
     _check_token_ids("prompt_token_ids", request.prompt_token_ids, vocab_size)
     _check_token_ids("output_token_ids", request.output_token_ids, vocab_size)
     _check_token_ids("stop_token_ids", request.stop_token_ids, vocab_size)
-    _check_sampling(request.sampling)
+    _check_sampling(request.sampling, vocab_size)
+    _check_deadline(request)
     _check_lengths(request, context_length)
     _check_unfinished(request)
 
@@ -32,7 +39,7 @@ def _check_token_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> No
             )
 
 
-def _check_sampling(sampling: SamplingParams) -> None:
+def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     # Written so that NaN, which compares false with everything, is refused too.
     if not 0.0 <= sampling.temperature < math.inf:
         raise InvalidRequestError(f"temperature={sampling.temperature}: must be 0 or more, finite")
@@ -40,8 +47,36 @@ def _check_sampling(sampling: SamplingParams) -> None:
         raise InvalidRequestError(f"top_k={sampling.top_k}: must be 0 (all tokens) or more")
     if not 0.0 < sampling.top_p <= 1.0:
         raise InvalidRequestError(f"top_p={sampling.top_p}: must be above 0 and at most 1")
-    if not 0 <= sampling.seed <= MAX_SEED:
-        raise InvalidRequestError(f"seed={sampling.seed}: must be from 0 to {MAX_SEED}")
+    if not 0.0 < sampling.repetition_penalty < math.inf:
+        raise InvalidRequestError(
+            f"repetition_penalty={sampling.repetition_penalty}: must be above 0, finite"
+        )
+    _check_range("min_p", sampling.min_p, 0, 1)
+    _check_range("presence_penalty", sampling.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+    _check_range("frequency_penalty", sampling.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+    _check_range("seed", sampling.seed, 0, MAX_SEED)
+    if sampling.logprobs is not None:
+        _check_range("logprobs", sampling.logprobs, 0, MAX_LOGPROBS)
+    _check_logit_bias(sampling, vocab_size)
+
+
+def _check_range(name: str, value: float, lowest: int, highest: int) -> None:
+    if not lowest <= value <= highest:
+        raise InvalidRequestError(f"{name}={value}: must be from {lowest} to {highest}")
+
+
+def _check_logit_bias(sampling: SamplingParams, vocab_size: int) -> None:
+    if len(sampling.logit_bias) > MAX_BIASES:
+        raise InvalidRequestError(
+            f"logit_bias has {len(sampling.logit_bias)} entries: at most {MAX_BIASES}"
+        )
+    _check_token_ids("logit_bias", (token_id for token_id, _ in sampling.logit_bias), vocab_size)
+    seen: set[int] = set()
+    for token_id, bias in sampling.logit_bias:
+        _check_range(f"logit_bias[{token_id}]", bias, -MAX_BIAS, MAX_BIAS)
+        if token_id in seen:
+            raise InvalidRequestError(f"logit_bias holds {token_id} twice")
+        seen.add(token_id)
 
 
 def _check_lengths(request: GenerateRequest, context_length: int) -> None:
@@ -58,6 +93,11 @@ def _check_lengths(request: GenerateRequest, context_length: int) -> None:
         raise PromptTooLongError(
             prompt_tokens=num_prompt, max_tokens=request.max_tokens, context_length=context_length
         )
+
+
+def _check_deadline(request: GenerateRequest) -> None:
+    if request.deadline is not None and math.isnan(request.deadline):
+        raise InvalidRequestError(f"deadline={request.deadline}: must be a number of seconds")
 
 
 def _check_unfinished(request: GenerateRequest) -> None:

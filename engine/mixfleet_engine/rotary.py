@@ -18,7 +18,21 @@ class RotaryTable:
         angles = torch.outer(torch.arange(context_length, dtype=torch.float32), frequencies)
         self._cos = angles.cos().to(device)
         self._sin = angles.sin().to(device)
+        self._last: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def cos(self) -> Tensor:
+        """``[context_length, head_dim / 2]`` fp32."""
+        return self._cos
+
+    @property
+    def sin(self) -> Tensor:
+        """``[context_length, head_dim / 2]`` fp32."""
+        return self._sin
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines, each ``[T, head_dim / 2]`` fp32, of ``positions`` ``[T]``."""
-        return self._cos[positions], self._sin[positions]
+        # Every layer of a step asks for the same positions.
+        if self._last is None or self._last[0] is not positions:
+            self._last = positions, (self._cos[positions], self._sin[positions])
+        return self._last[1]

@@ -5,8 +5,8 @@ import torch
 from mixfleet_engine.batch import make_batch
 from mixfleet_engine.kv_cache import KvCache
 from mixfleet_engine.model import MixtralModel
-from mixfleet_engine.sampler import sample
-from mixfleet_engine.step import NO_TOKEN, StepPlan
+from mixfleet_engine.sampler import Sampler
+from mixfleet_engine.step import SampledToken, StepPlan
 
 
 class ModelRunner:
@@ -22,6 +22,7 @@ class ModelRunner:
         self._model = model
         self._cache = cache
         self._device = device
+        self._sampler = Sampler()
 
     @property
     def num_blocks(self) -> int:
@@ -36,26 +37,23 @@ class ModelRunner:
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """Run the model and return ``[R, V]`` fp32 logits, a row per chunk that samples."""
+        if plan.clear_blocks:
+            # A masked slot counts as 0 times its value, and what was there may be a NaN.
+            self._cache.clear(plan.clear_blocks)
         if not plan.chunks:
             return torch.empty(0, self._model.config.vocab_size)
         batch = make_batch(plan, self.block_size, self._device)
         return self._model.forward(batch, self._cache)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> list[int]:
-        """Return the sampled token ids, one per chunk that samples, in plan order.
+    def run(self, plan: StepPlan) -> list[SampledToken]:
+        """Return the sampled tokens, one per chunk that samples, in plan order.
 
-        A chunk whose logits are not finite gives ``NO_TOKEN``, and its blocks are cleared.
+        A chunk whose logits are not finite gives ``NO_TOKEN``.
 
         The plan's tokens are in the KV cache afterwards.
         """
         logits = self.logits(plan)
         if len(logits) == 0:
             return []
-        sampled = [chunk for chunk in plan.chunks if chunk.samples]
-        token_ids = sample(logits, [c.sampling for c in sampled], [c.position for c in sampled])
-        for chunk, token_id in zip(sampled, token_ids, strict=True):
-            if token_id == NO_TOKEN:
-                # Masked slots count as 0 times their value, which is a NaN for the next owner.
-                self._cache.clear(chunk.block_table)
-        return token_ids
+        return self._sampler.sample(logits, [chunk for chunk in plan.chunks if chunk.samples])

@@ -1,31 +1,20 @@
 """Continuous batching: decides which tokens of which sequences go through the model next.
 
-Every step carries one token of each decoding sequence, then as much prefill as fits into
-``max_step_tokens``, first come, first served. Order of arrival is the order of everything:
-
-- ``_running`` is sorted by arrival, and all of it arrived before all of ``_waiting``.
-- A sequence that needs a block while none is free takes those of the *youngest* running one, which
-  goes back to the head of the waiting queue with the tokens it has, to be prefilled again. The
-  youngest itself pauses instead, holding what it has. So the oldest is never in anyone's way: it
-  gets at least one token in every step, and a request ends within ``prompt + max_tokens`` steps
-  of being the oldest.
-
-A later priority is one more key in that order; a prefix cache is a matter of the allocator.
+Every step carries one token of each decoding sequence, then as much prefill as ``max_step_tokens``
+and the target for the time between two tokens of an answer allow, in the order that ``admission``
+keeps. A request that is first in that order moves by at least one token in every step.
 """
 
-import logging
-from collections import deque
 from collections.abc import Sequence as Row
-from itertools import chain
 
-from mixfleet_engine.blocks import BlockAllocator
+from mixfleet_engine.admission import Admission
 from mixfleet_engine.errors import ConfigError, InvalidRequestError
+from mixfleet_engine.kv_book import KvBook
+from mixfleet_engine.pacing import StepBudget, StepLoad, StepTimeModel
 from mixfleet_engine.request import GenerateRequest, StepOutput
 from mixfleet_engine.request_check import check_request
 from mixfleet_engine.sequence import Sequence
-from mixfleet_engine.step import NO_TOKEN, PlannedChunk, StepPlan
-
-logger = logging.getLogger(__name__)
+from mixfleet_engine.step import NO_TOKEN, SampledToken, StepPlan
 
 
 class Scheduler:
@@ -42,6 +31,9 @@ class Scheduler:
         max_step_tokens: Most tokens in one forward pass; at least ``max_batch_size``.
         context_length: Most tokens of prompt and answer that the model can attend to.
         vocab_size: Token ids lie below it.
+        prefix_cache: Whether requests share the blocks of equal beginnings.
+        itl_target_s: Seconds that a step with decodes should take at most; it bounds the prefill
+            in it, down to one block of tokens. ``inf``: no bound.
 
     Raises:
         ConfigError: A number is impossible.
@@ -56,6 +48,8 @@ class Scheduler:
         max_step_tokens: int,
         context_length: int,
         vocab_size: int,
+        prefix_cache: bool = True,
+        itl_target_s: float = 0.1,
     ) -> None:
         for name, value in (
             ("max_batch_size", max_batch_size),
@@ -70,26 +64,30 @@ class Scheduler:
                 f"max_step_tokens={max_step_tokens}: must be at least "
                 f"max_batch_size={max_batch_size}"
             )
-        self._blocks = BlockAllocator(num_blocks=num_blocks, block_size=block_size)
+        if not itl_target_s > 0:
+            raise ConfigError(f"itl_target_s={itl_target_s}: must be above 0")
+        self._book = KvBook(num_blocks=num_blocks, block_size=block_size, prefix_cache=prefix_cache)
+        self._admission = Admission(self._book, max_batch_size=max_batch_size)
+        self._times = StepTimeModel()
         self._max_batch_size = max_batch_size
         self._max_step_tokens = max_step_tokens
+        self._itl_target_s = itl_target_s
         self._context_length = min(context_length, num_blocks * block_size)
         self._vocab_size = vocab_size
         self._sequences: dict[str, Sequence] = {}
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self._ended: dict[str, StepOutput] = {}
+        self._num_submitted = 0
         self._planned: tuple[StepPlan, list[Sequence]] | None = None
-        self._num_preemptions = 0
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the KV cache, free and taken."""
-        return self._blocks.num_blocks
+        """Blocks of the KV cache, free and held."""
+        return self._book.num_blocks
 
     @property
     def block_size(self) -> int:
         """Tokens per block."""
-        return self._blocks.block_size
+        return self._book.block_size
 
     @property
     def context_length(self) -> int:
@@ -103,44 +101,57 @@ class Scheduler:
 
     @property
     def free_tokens(self) -> int:
-        """Tokens of KV cache that nobody holds."""
-        return self._blocks.num_free * self._blocks.block_size
+        """Tokens of KV cache that nobody holds, those that the prefix cache remembers included."""
+        return self._book.num_free * self._book.block_size
 
     @property
     def has_work(self) -> bool:
-        """Whether there is any request; if so, the next plan has at least one chunk."""
-        return bool(self._sequences)
+        """Whether there is any request, or the end of one that nobody was told of yet."""
+        return bool(self._sequences or self._ended)
 
     @property
     def num_running(self) -> int:
         """Requests that hold blocks."""
-        return len(self._running)
+        return self._admission.num_running
 
     @property
     def num_waiting(self) -> int:
         """Requests that hold none: new or preempted."""
-        return len(self._waiting)
+        return self._admission.num_waiting
 
     @property
     def num_preemptions(self) -> int:
-        """How often a sequence has lost its blocks to an older one so far."""
-        return self._num_preemptions
+        """How often a sequence has lost its blocks to one before it in the order so far."""
+        return self._admission.num_preemptions
+
+    @property
+    def prefix_queried_tokens(self) -> int:
+        """Tokens that requests had each time they began to run, first or again."""
+        return self._book.num_queried_tokens
+
+    @property
+    def prefix_hit_tokens(self) -> int:
+        """How many of them were in the KV cache already."""
+        return self._book.num_hit_tokens
 
     def submit(self, request: GenerateRequest) -> None:
-        """Queue ``request`` behind all others.
+        """Queue ``request`` behind all others of its priority.
+
+        One whose deadline is over already ends with the next step.
 
         Raises:
             InvalidRequestError: A field cannot be used, or the id is that of a live request.
             PromptTooLongError: It could never fit the context or the cache.
         """
-        if request.request_id in self._sequences:
+        if request.request_id in self._sequences or request.request_id in self._ended:
             raise InvalidRequestError(
                 f"request_id={request.request_id!r}: is in the engine already"
             )
         check_request(request, vocab_size=self._vocab_size, context_length=self._context_length)
-        sequence = Sequence(request)
+        sequence = Sequence(request, self._num_submitted)
+        self._num_submitted += 1
         self._sequences[request.request_id] = sequence
-        self._waiting.append(sequence)
+        self._admission.add(sequence)
 
     def abort(self, request_id: str) -> bool:
         """Forget a request and free its blocks at once; whether there was one.
@@ -149,36 +160,46 @@ class Scheduler:
         """
         sequence = self._sequences.get(request_id)
         if sequence is None:
-            return False
+            return self._ended.pop(request_id, None) is not None
         self._forget(sequence)
         return True
 
-    def plan(self) -> StepPlan:
+    def plan(self, now: float = 0.0) -> StepPlan:
         """Choose the tokens of the next forward pass, taking blocks for them.
 
-        A plan that was not committed is void from here on.
+        A plan that was not committed is void from here on. No forward pass is needed for a plan
+        without chunks, but it must be committed as well.
+
+        Args:
+            now: Seconds on the clock of the deadlines. Who is overdue ends here, and is told of by
+                the next commit.
         """
-        ready = [sequence for sequence in self._running if self._grow(sequence)]
+        self._end_overdue(now)
+        ready = self._admission.ready()
         decodes = [sequence for sequence in ready if sequence.num_pending == 1]
-        prefills = [sequence for sequence in ready if sequence.num_pending > 1]
         shares = [(sequence, 1) for sequence in decodes]
-        budget = self._max_step_tokens - len(decodes)
-        candidates = chain(prefills, iter(self._admit_next, None))
-        while budget > 0 and (sequence := next(candidates, None)) is not None:
-            num_tokens = min(budget, sequence.num_pending)
-            shares.append((sequence, num_tokens))
-            budget -= num_tokens
-        plan = StepPlan(chunks=tuple(self._chunk(*share) for share in shares))
+        budget = self._budget(decodes)
+        prefilling = [sequence for sequence in ready if sequence.num_pending > 1]
+        candidates = self._admission.next_to_prefill(prefilling)
+        while budget.is_open and (sequence := next(candidates, None)) is not None:
+            num_tokens = budget.take(start=sequence.num_cached, num_pending=sequence.num_pending)
+            if num_tokens > 0:
+                shares.append((sequence, num_tokens))
+        chunks = tuple(self._book.chunk(*share) for share in shares)
+        plan = StepPlan(chunks=chunks, clear_blocks=self._book.unclean)
         self._planned = plan, [sequence for sequence, _ in shares]
         return plan
 
-    def commit(self, plan: StepPlan, sampled: Row[int]) -> list[StepOutput]:
+    def commit(
+        self, plan: StepPlan, sampled: Row[SampledToken], *, elapsed_s: float | None = None
+    ) -> list[StepOutput]:
         """Book what the forward pass of ``plan`` computed and return the new tokens.
 
         Args:
             plan: What the last call of :meth:`plan` returned.
-            sampled: One token id per chunk that samples, in the plan's order; ``NO_TOKEN`` ends
+            sampled: One token per chunk that samples, in the plan's order; ``NO_TOKEN`` ends
                 that request with the reason ``error``.
+            elapsed_s: Seconds that the step took, from which later plans learn; None: unknown.
 
         Raises:
             ValueError: Not the last plan, committed before, or not one token per sampling chunk.
@@ -190,80 +211,63 @@ class Scheduler:
             raise ValueError(f"{len(sampled)} tokens for {plan.num_samples} chunks that sample")
         sequences = self._planned[1]
         self._planned = None
-        token_ids = iter(sampled)
-        outputs: list[StepOutput] = []
+        self._book.cleared(plan.clear_blocks)
+        if elapsed_s is not None and plan.chunks:
+            self._times.learn(StepLoad.of(plan), elapsed_s)
+        outputs = list(self._ended.values())
+        self._ended.clear()
+        tokens = iter(sampled)
         for chunk, sequence in zip(plan.chunks, sequences, strict=True):
-            token_id = next(token_ids) if chunk.samples else None
+            token = next(tokens) if chunk.samples else None
             # Aborted meanwhile, and perhaps another one was submitted under the same id.
             if self._sequences.get(chunk.request_id) is not sequence:
                 continue
-            sequence.num_cached += len(chunk.token_ids)
-            if token_id is not None:
-                outputs.append(self._append(sequence, token_id))
+            output = self._book_chunk(sequence, len(chunk.token_ids), token)
+            if output is not None:
+                outputs.append(output)
         return outputs
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Own blocks for all of a running sequence's tokens; False when it must pause.
-
-        Preempts only sequences behind it in ``_running``, from the end.
-        """
-        missing = self._num_missing(sequence)
-        while missing > self._blocks.num_free:
-            youngest = self._running[-1]
-            if youngest is sequence:
-                return False
-            self._preempt(youngest)
-        sequence.block_table += self._blocks.allocate(missing)
-        return True
-
-    def _preempt(self, youngest: Sequence) -> None:
-        logger.info(
-            "preempted request_id=%s num_tokens=%d",
-            youngest.request.request_id,
-            youngest.num_tokens,
+    def _budget(self, decodes: list[Sequence]) -> StepBudget:
+        load = StepLoad()
+        for sequence in decodes:
+            load = load.with_decode(sequence.num_cached)
+        return StepBudget(
+            self._times,
+            load,
+            max_tokens=self._max_step_tokens,
+            floor=self.block_size,
+            target_s=self._itl_target_s,
         )
-        self._running.pop()
-        self._blocks.release(youngest.drop_cache())
-        self._waiting.appendleft(youngest)
-        self._num_preemptions += 1
 
-    def _admit_next(self) -> Sequence | None:
-        """Let the head of the waiting queue run if it fits, with blocks for all its tokens."""
-        if not self._waiting or len(self._running) == self._max_batch_size:
-            return None
-        # One free block is left for each running sequence to grow into: without it a newcomer
-        # would be preempted again as soon as it has been prefilled.
-        missing = self._num_missing(self._waiting[0])
-        if missing + len(self._running) > self._blocks.num_free:
-            return None
-        sequence = self._waiting.popleft()
-        sequence.block_table += self._blocks.allocate(missing)
-        self._running.append(sequence)
-        return sequence
+    def _end_overdue(self, now: float) -> None:
+        for sequence in [s for s in self._sequences.values() if s.is_overdue(now)]:
+            self._forget(sequence)
+            request_id = sequence.request.request_id
+            self._ended[request_id] = StepOutput(
+                request_id=request_id, token_ids=(), finish_reason="deadline"
+            )
 
-    def _num_missing(self, sequence: Sequence) -> int:
-        return self._blocks.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
-
-    def _chunk(self, sequence: Sequence, num_tokens: int) -> PlannedChunk:
-        num_blocks = self._blocks.num_blocks_for(sequence.num_cached + num_tokens)
-        return sequence.chunk(num_tokens, num_blocks)
-
-    def _append(self, sequence: Sequence, token_id: int) -> StepOutput:
+    def _book_chunk(
+        self, sequence: Sequence, num_tokens: int, token: SampledToken | None
+    ) -> StepOutput | None:
         request_id = sequence.request.request_id
-        if token_id == NO_TOKEN:
+        if token is not None and token.token_id == NO_TOKEN:
+            self._book.condemn(sequence)
             self._forget(sequence)
             return StepOutput(request_id=request_id, token_ids=(), finish_reason="error")
-        finish_reason = sequence.append(token_id)
+        self._book.book(sequence, num_tokens, sampled=token is not None)
+        if token is None:
+            return None
+        finish_reason = sequence.append(token.token_id)
         if finish_reason is not None:
             self._forget(sequence)
         return StepOutput(
             request_id=request_id,
-            token_ids=(token_id,),
+            token_ids=(token.token_id,),
             finish_reason=finish_reason,
+            logprobs=() if token.logprobs is None else (token.logprobs,),
         )
 
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request.request_id]
-        # Who runs holds at least one block, who waits holds none.
-        (self._running if sequence.block_table else self._waiting).remove(sequence)
-        self._blocks.release(sequence.drop_cache())
+        self._admission.remove(sequence)

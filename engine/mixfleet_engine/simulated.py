@@ -7,6 +7,7 @@ is the same on any worker and in any batch, and goes on alike when another worke
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as Row
@@ -16,7 +17,7 @@ from mixfleet_engine.engine import Engine
 from mixfleet_engine.errors import ConfigError, InvalidRequestError
 from mixfleet_engine.request import GenerateRequest, StepOutput
 from mixfleet_engine.scheduler import Scheduler
-from mixfleet_engine.step import StepPlan
+from mixfleet_engine.step import SampledToken, StepPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +55,10 @@ class _ScriptReader:
     scripts: dict[str, _Script] = field(default_factory=dict)
     """By request id; the engine adds and removes them."""
 
-    def run(self, plan: StepPlan) -> list[int]:
+    def run(self, plan: StepPlan) -> list[SampledToken]:
         # First the tokens: a request may be aborted while this sleeps.
         sampled = [
-            self.scripts[chunk.request_id].token(chunk.position)
+            SampledToken(self.scripts[chunk.request_id].token(chunk.position))
             for chunk in plan.chunks
             if chunk.samples
         ]
@@ -83,6 +84,10 @@ class SimulatedEngine(Engine):
         step_s: Seconds that every step takes.
         token_s: Seconds that every token of a step takes on top.
         sleep: Called with the seconds of each step that takes any.
+        prefix_cache: Whether equal beginnings of prompts take time only once.
+        itl_target_s: Seconds that a step with decodes should take at most; it bounds the prefill
+            in it.
+        clock: Seconds; deadlines are on this clock.
 
     Raises:
         ConfigError: A number is impossible.
@@ -102,6 +107,9 @@ class SimulatedEngine(Engine):
         step_s: float = 0.0,
         token_s: float = 0.0,
         sleep: Callable[[float], None] = time.sleep,
+        prefix_cache: bool = True,
+        itl_target_s: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         _check(token_ids, answer_lengths, step_s=step_s, token_s=token_s, block_size=block_size)
         full = max_batch_size * -(-context_length // block_size)
@@ -114,14 +122,16 @@ class SimulatedEngine(Engine):
             else max_step_tokens,
             context_length=context_length,
             vocab_size=max(token_ids) + 1 if vocab_size is None else vocab_size,
+            prefix_cache=prefix_cache,
+            itl_target_s=itl_target_s,
         )
         self._reader = _ScriptReader(scheduler.num_blocks, block_size, step_s, token_s, sleep)
         self._token_ids = token_ids
         self._answer_lengths = answer_lengths
-        super().__init__(self._reader, scheduler)
+        super().__init__(self._reader, scheduler, clock=clock)
 
     def submit(self, request: GenerateRequest) -> None:
-        """Queue ``request``; it joins at the next step that has room.
+        """Queue ``request``; it joins at the next step that has room and no better use for it.
 
         Raises:
             RequestRejectedError: It can never run here. Nothing was queued.
@@ -136,7 +146,10 @@ class SimulatedEngine(Engine):
         return super().abort(request_id)
 
     def step(self) -> list[StepOutput]:
-        """Pretend one forward pass over everything that is ready and return the new tokens."""
+        """Pretend one forward pass over everything that is ready; new tokens and ends of answers.
+
+        Requests that are past their deadlines end here.
+        """
         outputs = super().step()
         for output in outputs:
             if output.finish_reason is not None:

@@ -1,16 +1,28 @@
 """What one step of the engine computes, as plain integers.
 
-A plan holds no object of the scheduler, so that it can be sent to every tensor-parallel rank as
-it is. It knows nothing of tensors either: ``batch.py`` turns it into them.
+What the model needs of a plan is plain integers, so that it can be sent to every tensor-parallel
+rank; what only the sampler needs stays on rank 0. It knows nothing of tensors: ``batch.py`` turns
+it into them.
 """
 
 from dataclasses import dataclass
 from typing import Final
 
-from mixfleet_engine.request import SamplingParams
+from mixfleet_engine.history import TokenHistory
+from mixfleet_engine.request import SamplingParams, TokenLogprobs
 
 NO_TOKEN: Final = -1
-"""What a runner returns for a chunk whose logits are not finite."""
+"""What a runner samples for a chunk whose logits are not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """What a runner returns for a chunk that samples."""
+
+    token_id: int
+    """``NO_TOKEN`` where the logits are not finite."""
+    logprobs: TokenLogprobs | None = None
+    """Set if the chunk's settings ask for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +47,8 @@ class PlannedChunk:
     samples: bool
     """Whether a token is sampled after the last one; False inside a chunked prefill."""
     sampling: SamplingParams
+    history: TokenHistory
+    """The request's tokens up to the one to be sampled: what the penalties count."""
     position: int
     """Number of answer tokens before the sampled one, 0 for the first. It goes with the seed, and
     means nothing where the chunk does not sample."""
@@ -46,6 +60,9 @@ class StepPlan:
 
     chunks: tuple[PlannedChunk, ...]
     """One chunk per sequence that takes part; decodes first. Empty when nothing is ready."""
+    clear_blocks: tuple[int, ...] = ()
+    """Blocks to fill with zeros before anything else: an earlier owner may have left a NaN there.
+    Several chunks may read the same block; none of these is read before this step writes it."""
 
     @property
     def num_tokens(self) -> int:

@@ -17,6 +17,10 @@ from mixfleet_engine.checkpoint_hf import HfCheckpoint, open_hf_files
 from mixfleet_engine.checkpoint_mistral import MistralCheckpoint, open_mistral_files
 from mixfleet_engine.config import ModelConfig, Shard, checkpoint_layout
 from mixfleet_engine.errors import CheckpointError
+from mixfleet_engine.heap import HeapTrimmer
+from mixfleet_engine.quantise import Weight, quantise, stacked
+from mixfleet_engine.sharding import WHOLE, WeightCuts
+from mixfleet_engine.weight_formats import format_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +48,11 @@ class Checkpoint(Protocol):
         """Shape of the stored tensor of a weight."""
         ...
 
-    def read(self, name: str) -> Tensor:
-        """Return one weight in the engine's own order, still mapped from its file."""
+    def read(self, name: str, rows: slice = WHOLE, columns: slice = WHOLE) -> Tensor:
+        """Return rows and columns of one weight in the engine's own order, read no more than that.
+
+        They are still mapped from the file wherever that can be.
+        """
         ...
 
 
@@ -74,7 +81,7 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def open_checkpoint(path: Path, config: ModelConfig, shard: Shard | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, config: ModelConfig) -> Checkpoint:
     """Map the files of a checkpoint and check that every weight is there and has its shape.
 
     Nothing is read yet, so a broken folder is refused in a moment, not after minutes.
@@ -82,12 +89,10 @@ def open_checkpoint(path: Path, config: ModelConfig, shard: Shard | None = None)
     Args:
         path: The folder.
         config: Sizes that the weights must have.
-        shard: This process's slice; a world of one for now.
 
     Raises:
         CheckpointError: A file or a tensor is missing, broken or of the wrong shape.
     """
-    del shard  # a Shard of more than one process cannot be made yet
     checkpoint: Checkpoint
     if checkpoint_layout(path) == "mistral":
         checkpoint = MistralCheckpoint(open_mistral_files(path), config)
@@ -115,7 +120,16 @@ def _check(path: Path, checkpoint: Checkpoint, name: str, shape: tuple[int, ...]
 
 
 class WeightLoader:
-    """Reads weights one by one, converts them and reports progress."""
+    """Reads one rank's part of the weights one by one, converts them and reports progress.
+
+    Args:
+        checkpoint: Where from.
+        config: Sizes of the whole model.
+        dtype: The engine's.
+        device: Where the weights go.
+        progress: Called after each weight with the bytes of this rank.
+        shard: Whose part to read; None: all of it.
+    """
 
     def __init__(
         self,
@@ -124,28 +138,47 @@ class WeightLoader:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        weight_dtype: str = "auto",
         progress: Progress | None = None,
+        shard: Shard | None = None,
     ) -> None:
         self.dtype = dtype
         self.device = device
+        self.shard = shard or Shard()
+        self._weight_dtype = weight_dtype
+        self._heap = HeapTrimmer()
         self._checkpoint = checkpoint
         self._progress = progress
         self._bytes_done = 0
-        numbers = sum(math.prod(shape) for shape in weight_shapes(config).values())
+        self._shapes = weight_shapes(config)
+        self._cuts = WeightCuts(config, self.shard)
+        numbers = sum(math.prod(self._cuts.shape(*item)) for item in self._shapes.items())
         self._bytes_total = numbers * dtype.itemsize
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return a copy of one weight on the device, in the engine's dtype or the given one.
+        """Return a copy of the rank's part of one weight, in the engine's dtype or the given one.
 
         A copy, because the file may be replaced while the engine runs.
         """
-        mapped = self._checkpoint.read(name)
+        mapped = self._checkpoint.read(name, *self._cuts.of(name, self._shapes[name]))
         tensor = mapped.to(device=self.device, dtype=dtype or self.dtype, copy=True).contiguous()
         self._bytes_done += tensor.numel() * self.dtype.itemsize
         if self._progress is not None:
             self._progress(self._bytes_done, self._bytes_total)
         return tensor
 
-    def rows(self, *names: str) -> Tensor:
-        """Return several matrices one above the other, so that one product serves all."""
-        return torch.cat([self.tensor(name) for name in names])
+    def matrix(self, *names: str) -> Weight:
+        """Return matrices one above the other, so that one product serves all."""
+        return stacked([self.stored(name, self.tensor(name)) for name in names])
+
+    def stored(self, name: str, matrix: Tensor) -> Weight:
+        """Return ``matrix`` in the form in which weights of this name are kept.
+
+        Raises:
+            CheckpointError: It is to be quantised, and a number in it is not finite.
+        """
+        if self._weight_dtype == "auto":
+            return matrix
+        weight = quantise(matrix, format_of(name, self._weight_dtype), name)
+        self._heap.freed(matrix.nbytes)
+        return weight

@@ -17,6 +17,8 @@ def make_request(
     max_tokens: int = 4,
     stops: Iterable[int] = (),
     sampling: SamplingParams | None = None,
+    priority: int = 0,
+    deadline: float | None = None,
 ) -> GenerateRequest:
     return GenerateRequest(
         request_id=request_id,
@@ -25,6 +27,8 @@ def make_request(
         max_tokens=max_tokens,
         stop_token_ids=frozenset(stops),
         sampling=sampling or SamplingParams(),
+        priority=priority,
+        deadline=deadline,
     )
 
 
@@ -33,7 +37,7 @@ def step_into(answers: Answers, engine: GenerationEngine) -> None:
     for output in engine.step():
         token_ids, finish_reason = answers.get(output.request_id, ((), None))
         assert finish_reason is None, f"{output.request_id} went on after its end"
-        assert output.token_ids or output.finish_reason == "error"
+        assert output.token_ids or output.finish_reason in ("error", "deadline")
         answers[output.request_id] = (*token_ids, *output.token_ids), output.finish_reason
 
 

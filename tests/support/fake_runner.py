@@ -1,15 +1,16 @@
 """A runner without a model, that holds the scheduler to every promise a plan makes.
 
 Its KV cache holds the tokens themselves, in blocks. The next token hangs on *all* tokens read back
-from those blocks, so one lost, stale or foreign token changes the answer.
+from those blocks, so one lost, stale or foreign token changes the answer. Blocks may be shared, but
+only where what they hold is right for each reader, down to the last token before.
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from mixfleet_engine.request import FinishReason, GenerateRequest, SamplingParams
-from mixfleet_engine.step import PlannedChunk, StepPlan
+from mixfleet_engine.step import NO_TOKEN, PlannedChunk, SampledToken, StepPlan
 
 
 def fake_token(token_ids: list[int], sampling: SamplingParams, position: int, vocab: int) -> int:
@@ -18,30 +19,32 @@ def fake_token(token_ids: list[int], sampling: SamplingParams, position: int, vo
     return zlib.crc32(text.encode()) % vocab
 
 
-def slow_answer(request: GenerateRequest, vocab_size: int) -> tuple[tuple[int, ...], FinishReason]:
+def slow_answer(
+    request: GenerateRequest, vocab_size: int, poison: Collection[int] = ()
+) -> tuple[tuple[int, ...], FinishReason]:
     """The new tokens of ``request``, found by the obvious loop over the request alone."""
     token_ids = [*request.prompt_token_ids, *request.output_token_ids]
     answer: list[int] = list(request.output_token_ids)
     while True:
+        new = tuple(answer[len(request.output_token_ids) :])
+        if any(token_id in poison for token_id in token_ids):
+            return new, "error"
         token_id = fake_token(token_ids, request.sampling, len(answer), vocab_size)
         token_ids.append(token_id)
         answer.append(token_id)
-        new = tuple(answer[len(request.output_token_ids) :])
         if token_id in request.stop_token_ids:
-            return new, "stop"
+            return (*new, token_id), "stop"
         if len(answer) == request.max_tokens:
-            return new, "length"
+            return (*new, token_id), "length"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One token's place in the fake KV cache."""
+    """One token's place in the fake KV cache: like keys and values, it hangs on all before it."""
 
-    request_id: str
-    generation: int
-    """How often the request had been prefilled from its start when this was written."""
-    position: int
     token_id: int
+    origin: int
+    """Digest of the tokens up to this one, as they stood in the cache when it was written."""
 
 
 @dataclass(kw_only=True)
@@ -53,6 +56,8 @@ class FakeRunner:
     vocab_size: int
     max_step_tokens: int = 10**9
     max_batch_size: int = 10**9
+    poison: Collection[int] = ()
+    """Tokens whose keys and values are not finite: whoever has one in a block gets no token."""
     failures: int = 0
     """So many coming steps fail after they have written half of their chunks."""
     during_run: Callable[[StepPlan], None] = lambda _: None
@@ -65,10 +70,11 @@ class FakeRunner:
             [None] * self.block_size for _ in range(self.num_blocks)
         ]
         self._num_cached: dict[str, int] = {}
-        self._generation: dict[str, int] = {}
 
-    def run(self, plan: StepPlan) -> list[int]:
+    def run(self, plan: StepPlan) -> list[SampledToken]:
         self._check_plan(plan)
+        for block in plan.clear_blocks:
+            self._cells[block] = [None] * self.block_size
         num_good = len(plan.chunks) // 2 if self.failures else len(plan.chunks)
         for chunk in plan.chunks[:num_good]:
             self._write(chunk)
@@ -79,11 +85,7 @@ class FakeRunner:
         self.plans.append(plan)
         for chunk in plan.chunks:
             self._num_cached[chunk.request_id] = chunk.start + len(chunk.token_ids)
-        return [
-            fake_token(self._read(chunk), chunk.sampling, chunk.position, self.vocab_size)
-            for chunk in plan.chunks
-            if chunk.samples
-        ]
+        return [SampledToken(self._sample(chunk)) for chunk in plan.chunks if chunk.samples]
 
     def _check_plan(self, plan: StepPlan) -> None:
         assert plan.chunks, "an empty plan was run"
@@ -91,9 +93,11 @@ class FakeRunner:
         assert len(plan.chunks) <= self.max_batch_size
         ids = [chunk.request_id for chunk in plan.chunks]
         assert len(set(ids)) == len(ids), "a request is in the plan twice"
-        blocks = [block for chunk in plan.chunks for block in chunk.block_table]
-        assert len(set(blocks)) == len(blocks), "a block is owned twice"
-        assert all(0 <= block < self.num_blocks for block in blocks)
+        written = [block for chunk in plan.chunks for block in self._written(chunk)]
+        read = [block for chunk in plan.chunks for block in self._read_only(chunk)]
+        assert len(set(written)) == len(written), "a block is written by two"
+        assert not set(written) & set(read), "a block is read that is not computed yet"
+        assert not set(plan.clear_blocks) & set(read), "a block is cleared that is needed"
         for chunk in plan.chunks:
             self._check_chunk(chunk)
 
@@ -101,29 +105,53 @@ class FakeRunner:
         assert chunk.token_ids
         num_tokens = chunk.start + len(chunk.token_ids)
         assert len(chunk.block_table) == -(-num_tokens // self.block_size)
-        # Either it goes on where the last step left it, or from the start after a preemption.
-        assert chunk.start in (0, self._num_cached.get(chunk.request_id, 0))
+        assert len(set(chunk.block_table)) == len(chunk.block_table)
+        assert all(0 <= block < self.num_blocks for block in chunk.block_table)
+        # Either it goes on where the last step left it, or behind the full blocks that were found.
+        goes_on = chunk.start == self._num_cached.get(chunk.request_id, 0)
+        assert goes_on or chunk.start % self.block_size == 0
         assert not chunk.samples or 0 <= chunk.position < num_tokens
+        wanted = chunk.history.token_ids
+        assert list(chunk.token_ids) == wanted[chunk.start : num_tokens]
+        assert chunk.samples == (num_tokens == len(wanted))
+        assert self._read(chunk, chunk.start) == wanted[: chunk.start], "foreign tokens were found"
+
+    def _written(self, chunk: PlannedChunk) -> tuple[int, ...]:
+        return chunk.block_table[chunk.start // self.block_size :]
+
+    def _read_only(self, chunk: PlannedChunk) -> tuple[int, ...]:
+        return chunk.block_table[: chunk.start // self.block_size]
 
     def _write(self, chunk: PlannedChunk) -> None:
-        if chunk.start == 0:
-            self._generation[chunk.request_id] = self._generation.get(chunk.request_id, 0) + 1
-        generation = self._generation[chunk.request_id]
+        origin = _digest(0, self._read(chunk, chunk.start))
         for position, token_id in enumerate(chunk.token_ids, start=chunk.start):
+            origin = _digest(origin, [token_id])
             block = self._cells[chunk.block_table[position // self.block_size]]
-            block[position % self.block_size] = Cell(
-                chunk.request_id, generation, position, token_id
-            )
+            block[position % self.block_size] = Cell(token_id, origin)
 
-    def _read(self, chunk: PlannedChunk) -> list[int]:
-        """All tokens of the sequence, out of the cache."""
-        token_ids = []
-        for position in range(chunk.start + len(chunk.token_ids)):
+    def _read(self, chunk: PlannedChunk, num_tokens: int) -> list[int]:
+        """The first tokens of the sequence, out of the cache."""
+        token_ids: list[int] = []
+        origin = 0
+        for position in range(num_tokens):
             block = self._cells[chunk.block_table[position // self.block_size]]
             cell = block[position % self.block_size]
             assert cell is not None, f"position {position} was never written"
-            found = cell.request_id, cell.generation, cell.position
-            wanted = chunk.request_id, self._generation[chunk.request_id], position
-            assert found == wanted, f"the cache holds {found} in place of {wanted}"
+            origin = _digest(origin, [cell.token_id])
+            assert cell.origin == origin, f"position {position} came after other tokens"
             token_ids.append(cell.token_id)
         return token_ids
+
+    def _sample(self, chunk: PlannedChunk) -> int:
+        token_ids = self._read(chunk, chunk.start + len(chunk.token_ids))
+        # Like masked slots of the real cache, those behind the last token count as well.
+        cells = [cell for block in chunk.block_table for cell in self._cells[block]]
+        if any(cell is not None and cell.token_id in self.poison for cell in cells):
+            return NO_TOKEN
+        return fake_token(token_ids, chunk.sampling, chunk.position, self.vocab_size)
+
+
+def _digest(origin: int, token_ids: list[int]) -> int:
+    for token_id in token_ids:
+        origin = zlib.crc32(token_id.to_bytes(8, "little"), origin)
+    return origin

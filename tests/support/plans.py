@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from mixfleet_engine.history import TokenHistory
 from mixfleet_engine.request import SamplingParams
 from mixfleet_engine.step import PlannedChunk, StepPlan
 
@@ -23,6 +24,7 @@ def chunk(
         block_table=tuple(block_table),
         samples=samples,
         sampling=sampling or SamplingParams(),
+        history=TokenHistory(tuple(token_ids)),
         position=position,
     )
 

@@ -10,7 +10,8 @@ from typing import cast
 
 from mixfleet_broker.errors import ConfigError
 from mixfleet_broker.settings import Settings
-from mixfleet_engine.config import Backend, EngineConfig
+from mixfleet_engine.config import Backend, EngineConfig, ModelConfig, WeightDtype
+from mixfleet_engine.sharding import check_sharing
 
 BYTES_PER_GIB = 1 << 30
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -46,16 +47,14 @@ def worker_config(
         settings: In force.
         simulated: Whether to run the simulated engine instead of a model.
         simulated_step_s: How long a step of it takes.
-        tp: How many devices share the model.
+        tp: How many ranks share the model.
 
     Raises:
         ConfigError: Something is missing or cannot be used here.
+        EngineError: The model cannot be read, or not be shared by so many.
     """
-    if tp != 1:
-        raise ConfigError(
-            f"tp={tp}: this version runs a model on one device; tensor parallelism is not built yet"
-        )
     _check_model_path(settings.model_path, simulated=simulated)
+    _check_tp(tp, settings, simulated=simulated)
     return WorkerConfig(
         worker_id=settings.worker_id or new_worker_id(),
         model=settings.model or _model_name(settings.model_path),
@@ -79,6 +78,9 @@ def engine_config(settings: Settings) -> EngineConfig:
         max_step_tokens=settings.max_step_tokens,
         context_length=settings.context_length,
         dtype=settings.dtype,
+        weight_dtype=cast("WeightDtype", settings.weight_dtype),
+        prefix_cache=settings.prefix_cache,
+        itl_target_s=settings.itl_target_s,
         device=settings.device,
         backend=cast("Backend", settings.backend),  # the table of settings allows no other
         threads=settings.threads,
@@ -102,6 +104,15 @@ def _check_model_path(model_path: Path | None, *, simulated: bool) -> None:
         )
     if not model_path.is_dir():
         raise ConfigError(f"model_path={model_path}: no such directory")
+
+
+def _check_tp(tp: int, settings: Settings, *, simulated: bool) -> None:
+    if tp == 1:
+        return
+    if simulated or settings.model_path is None:
+        raise ConfigError(f"tp={tp}: a simulated engine is one process")
+    model = ModelConfig.from_checkpoint(settings.model_path)
+    check_sharing(model, tp, weight_dtype=settings.weight_dtype)
 
 
 def _model_name(model_path: Path | None) -> str:

@@ -6,8 +6,9 @@ thread, and the ids of requests that the engine should forget.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from mixfleet_broker.errors import EngineFailedError
+from mixfleet_broker.errors import DeadlineExceededError, EngineFailedError
 from mixfleet_broker.messages import JobEnd, TokenChunk, Usage
 from mixfleet_broker.queue import Lease
 from mixfleet_engine.detokenizer import AnswerText
@@ -109,7 +110,7 @@ class Publisher:
     def _advance(self, output: StepOutput, now: float) -> tuple[Write, bool]:
         """Return the write of one output, and whether a stop string ended the answer."""
         answer = self._answers[output.request_id]
-        if answer.first_token_at is None:
+        if output.token_ids and answer.first_token_at is None:
             answer.first_token_at = now
         pieces: list[str] = []
         by_stop_string = False
@@ -122,8 +123,8 @@ class Publisher:
                 by_stop_string = True
                 break
         answer.num_tokens += num_used
-        if output.finish_reason == "error":
-            return self._failed(answer, now), False
+        if output.finish_reason == "error" or output.finish_reason == "deadline":
+            return _failed(answer, output.finish_reason, now), False
         reason = "stop" if by_stop_string else output.finish_reason
         if reason is not None:
             pieces.append(answer.text.finish())
@@ -138,15 +139,20 @@ class Publisher:
         write = EndWrite(lease=answer.lease, end=end, chunk=chunk, times=answer.times(now))
         return write, by_stop_string
 
-    def _failed(self, answer: _Answer, now: float) -> EndWrite:
-        """Return the end of an answer for which the model's numbers overflowed."""
-        end = JobEnd(
-            state="failed",
-            code=EngineFailedError.code,
-            message=f"the model's numbers are not finite after {answer.num_tokens} tokens",
-            usage=answer.usage(),
-        )
-        return EndWrite(lease=answer.lease, end=end, times=answer.times(now))
+
+def _failed(answer: _Answer, reason: Literal["error", "deadline"], now: float) -> EndWrite:
+    """Return the end of an answer that cannot go on."""
+    kind, why = {
+        "error": (EngineFailedError, "the model's numbers are not finite"),
+        "deadline": (DeadlineExceededError, "the job's time was over"),
+    }[reason]
+    end = JobEnd(
+        state="failed",
+        code=kind.code,
+        message=f"{why} after {answer.num_tokens} tokens",
+        usage=answer.usage(),
+    )
+    return EndWrite(lease=answer.lease, end=end, times=answer.times(now))
 
 
 def rejection(taken: TakenJob, code: str, message: str, now: float) -> EndWrite:

@@ -7,8 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from mixfleet_broker.connection import connect
 from mixfleet_broker.queue import JobQueue
@@ -18,8 +19,10 @@ from mixfleet_engine.chat_format import ChatFormat, chat_format, default_format
 from mixfleet_engine.config import EngineConfig
 from mixfleet_engine.door import GenerationEngine
 from mixfleet_engine.generation import SamplingDefaults, sampling_defaults
+from mixfleet_engine.rendezvous import Rendezvous
 from mixfleet_engine.tokenizer import Tokenizer
 from mixfleet_worker.config import WorkerConfig
+from mixfleet_worker.group import GroupLostError
 from mixfleet_worker.handoff import Mailboxes
 from mixfleet_worker.intake import Intake
 from mixfleet_worker.io import BELL_WAIT_S, BrokerIO
@@ -27,12 +30,17 @@ from mixfleet_worker.loop import WorkerLoop
 from mixfleet_worker.publisher import Publisher
 from mixfleet_worker.session import QueueSession
 
+if TYPE_CHECKING:
+    from mixfleet_engine.ranks import Ranks  # which imports torch
+
 logger = logging.getLogger(__name__)
 
 START_PATIENCE_S = 60.0
 """How long a starting worker waits for Redis."""
 IO_PATIENCE_S = 0.2
 """How long one call waits for Redis later on; the I/O thread has its own way to wait."""
+SIMULATED_BATCH_SIZE = 8
+"""Jobs at once when no setting says how many: a simulated engine has no memory to plan."""
 LOAD_LOG_S = 5.0
 """A long load says so often how far it is."""
 
@@ -48,7 +56,12 @@ class ServedModel:
 
 
 def serve(
-    config: WorkerConfig, engine: EngineConfig, redis_url: str, *, parent_pid: int | None = None
+    config: WorkerConfig,
+    engine: EngineConfig,
+    redis_url: str,
+    *,
+    parent_pid: int | None = None,
+    ranks: "Ranks | None" = None,
 ) -> None:
     """Load the model, take jobs and answer them until SIGTERM or SIGINT, then drain.
 
@@ -57,6 +70,7 @@ def serve(
         engine: The engine's settings.
         redis_url: The broker.
         parent_pid: End when this process is not the parent any more; None: live on.
+        ranks: Who shares the model with this process, which is the first of them; None: nobody.
 
     Raises:
         BrokerUnavailableError: No Redis answers at the start.
@@ -70,11 +84,11 @@ def serve(
         # Before the load, which may take minutes: from here on an outage is sat out.
         redis = connect(redis_url, patience_s=IO_PATIENCE_S, max_block_s=BELL_WAIT_S)
     with redis:
-        model = load_model(config, engine)
+        model = load_model(config, engine, ranks)
         record = WorkerRecord.of_this_process(
             worker_id=config.worker_id,
             model=config.model,
-            max_batch_size=engine.max_batch_size,
+            max_batch_size=model.engine.free_slots,  # nobody has one yet
             context_length=model.engine.context_length,
             started_at=started_at,
         )
@@ -91,7 +105,53 @@ def serve(
     logger.info("worker ended worker_id=%s", config.worker_id)
 
 
-def load_model(config: WorkerConfig, engine: EngineConfig) -> ServedModel:
+def serve_as_rank(
+    config: WorkerConfig,
+    engine: EngineConfig,
+    redis_url: str,
+    rendezvous: Rendezvous,
+    *,
+    parent_pid: int | None = None,
+) -> None:
+    """Do what :func:`serve` does, as one of several processes that share the model.
+
+    Only rank 0 talks to Redis and stops at a signal; the others run its plans until it ends.
+
+    Raises:
+        GroupLostError: Another rank is gone.
+        StartHangError: Another rank makes no progress in its start.
+        EngineError: See :func:`serve`, as for all others.
+    """
+    # Imported here: torch takes seconds.
+    from mixfleet_engine.parallel import TensorParallel
+    from mixfleet_engine.ranks import RanksLostError
+
+    try:
+        with TensorParallel.connect(rendezvous, engine.device) as ranks:
+            own = replace(engine, device=ranks.device)
+            if ranks.shard.rank == 0:
+                serve(config, own, redis_url, parent_pid=parent_pid, ranks=ranks)
+            else:
+                _follow(config, own, ranks)
+    except RanksLostError as error:
+        raise GroupLostError(str(error)) from error
+
+
+def _follow(config: WorkerConfig, engine: EngineConfig, ranks: "Ranks") -> None:
+    from mixfleet_engine.loading import load_runner
+    from mixfleet_engine.rank_runner import follow
+
+    assert config.model_path is not None
+    runner = load_runner(config.model_path, engine, ranks=ranks)
+    # A signal may come to all processes at once, and rank 0 still has answers to finish.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    follow(runner, ranks)
+
+
+def load_model(
+    config: WorkerConfig, engine: EngineConfig, ranks: "Ranks | None" = None
+) -> ServedModel:
     """Load what ``config`` says, with a log line per stage."""
     if config.model_path is None:
         return _simulated_model(config, engine)
@@ -105,7 +165,7 @@ def load_model(config: WorkerConfig, engine: EngineConfig) -> ServedModel:
         found = chat_format(name, tokenizer)
     logger.info("chat format %s", name)
     with _stage("weights"):
-        loaded = load_engine(config.model_path, engine, _progress_log())
+        loaded = load_engine(config.model_path, engine, _progress_log(), ranks)
     return ServedModel(
         engine=loaded,
         tokenizer=tokenizer,
@@ -124,7 +184,7 @@ def _simulated_model(config: WorkerConfig, engine: EngineConfig) -> ServedModel:
         token_ids=words.word_ids,
         vocab_size=words.vocab_size,
         context_length=engine.context_length or 4096,
-        max_batch_size=engine.max_batch_size,
+        max_batch_size=engine.max_batch_size or SIMULATED_BATCH_SIZE,
         max_step_tokens=engine.max_step_tokens,
         answer_lengths=range(20, 61),
         step_s=config.simulated_step_s,

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixfleet_engine.batch import DecodeGroup, PrefillChunk
+from mixfleet_engine.ops.cpu_quantised import QuantisedPacker, checked_quantised_packer
 from mixfleet_engine.ops.door import Linear
 from mixfleet_engine.ops.reference import ReferenceOps
+from mixfleet_engine.quantise import Quantised, Weight
 
 logger = logging.getLogger(__name__)
 
@@ -23,16 +25,23 @@ class CpuOps(ReferenceOps):
     """What a CPU does fast; what it does not list here it does like the reference."""
 
     def __init__(self, dtype: torch.dtype, packer: Packer | None = None) -> None:
+        self._dtype = dtype
         self._packer = checked_packer(dtype, packer or pack_with_onednn)
+        self._quantised_packers: dict[type[Quantised], QuantisedPacker] = {}
 
     @property
     def name(self) -> str:
         """What the setting ``backend`` calls it."""
         return "cpu"
 
-    def linear(self, weight: Tensor) -> Linear:
+    def linear(self, weight: Weight) -> Linear:
         """See :class:`~mixfleet_engine.ops.door.Ops`."""
-        return self._packer(weight)
+        if isinstance(weight, Tensor):
+            return self._packer(weight)
+        form = type(weight)
+        if form not in self._quantised_packers:
+            self._quantised_packers[form] = checked_quantised_packer(form, self._dtype)
+        return self._quantised_packers[form](weight, self._dtype)
 
     def prefill_attention(
         self, q: Tensor, keys: Tensor, values: Tensor, chunk: PrefillChunk

@@ -1,4 +1,8 @@
-"""What the model asks of a back-end: the few operations that are worth doing differently.
+"""What the model asks of a back-end.
+
+A back-end makes blocks of weights: half a layer each, from the running sum to what is added to it.
+Those that are plain torch share the blocks of ``attention.py``, ``moe.py`` and ``output.py``, and
+differ in a few operations: `Ops`.
 
 Shape letters: T tokens in the step, B sequences that decode, H query heads, G KV heads, A head
 dimension, D model width, F expert width, K experts per token, N rows of any matrix.
@@ -9,21 +13,72 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mixfleet_engine.batch import DecodeGroup, PrefillChunk
+from mixfleet_engine.batch import Batch, DecodeGroup, PrefillChunk
+from mixfleet_engine.kv_cache import KvCache
+from mixfleet_engine.layer_weights import AttentionWeights, MoeWeights, OutputWeights
+from mixfleet_engine.quantise import Weight
+from mixfleet_engine.rotary import RotaryTable
 
+OutputBlock = Callable[[Tensor], Tensor]
+"""Running sums ``[R, D]`` fp32 -> logits ``[R, V]`` fp32."""
 Linear = Callable[[Tensor], Tensor]
 """``[T, D]`` -> ``[T, N]``: a matrix in whatever form its back-end likes best."""
 
 
-class Ops(Protocol):
-    """One back-end. Every method is a pure function of its arguments."""
+class AttentionBlock(Protocol):
+    """The attention half of a layer. It stores the step's keys and values in the cache."""
+
+    def __call__(self, x: Tensor, batch: Batch, cache: KvCache) -> Tensor:
+        """Return what the block adds to the running sum ``x`` ``[T, D]`` fp32."""
+        ...
+
+    def add_to(self, x: Tensor, batch: Batch, cache: KvCache) -> None:
+        """Add it to ``x`` in place; ``x`` is contiguous."""
+        ...
+
+
+class MoeBlock(Protocol):
+    """The experts' half of a layer."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what the block adds to the running sum ``x`` ``[T, D]`` fp32."""
+        ...
+
+    def add_to(self, x: Tensor) -> None:
+        """Add it to ``x`` in place; ``x`` is contiguous."""
+        ...
+
+
+class Backend(Protocol):
+    """Makes the blocks of a model."""
 
     @property
     def name(self) -> str:
         """What the setting ``backend`` calls it."""
         ...
 
-    def linear(self, weight: Tensor) -> Linear:
+    def attention(self, weights: AttentionWeights, rotary: RotaryTable) -> AttentionBlock:
+        """Return the attention half of a layer; the caller may drop the weights."""
+        ...
+
+    def moe(self, weights: MoeWeights) -> MoeBlock:
+        """Return the experts' half of a layer; the caller may drop the weights."""
+        ...
+
+    def output(self, weights: OutputWeights) -> OutputBlock:
+        """Return the end of the model; the caller may drop the weights."""
+        ...
+
+
+class Ops(Protocol):
+    """The operations that differ. Every method is a pure function of its arguments."""
+
+    @property
+    def name(self) -> str:
+        """What the setting ``backend`` calls it."""
+        ...
+
+    def linear(self, weight: Weight) -> Linear:
         """Return the product with ``weight`` ``[N, D]``; the caller may drop the original."""
         ...
 

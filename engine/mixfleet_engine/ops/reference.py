@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mixfleet_engine.batch import DecodeGroup, PrefillChunk
 from mixfleet_engine.ops.door import Linear
+from mixfleet_engine.quantise import Weight, dequantise
 
 
 class ReferenceOps:
@@ -22,9 +23,9 @@ class ReferenceOps:
         """What the setting ``backend`` calls it."""
         return "reference"
 
-    def linear(self, weight: Tensor) -> Linear:
+    def linear(self, weight: Weight) -> Linear:
         """See :class:`~mixfleet_engine.ops.door.Ops`."""
-        return lambda x: F.linear(x, weight)
+        return lambda x: F.linear(x, dequantise(weight, x.dtype))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See :class:`~mixfleet_engine.ops.door.Ops`."""

@@ -29,7 +29,7 @@ def config_file(tmp_path: Path) -> Path:
 def test_defaults_are_in_force_when_nothing_is_given(config_file: Path) -> None:
     settings = resolve({}, {}, config_file)
     assert settings == Settings()
-    assert (settings.max_batch_size, settings.lease_s, settings.queue_limit) == (8, 15.0, 10_000)
+    assert (settings.max_batch_size, settings.lease_s, settings.queue_limit) == (None, 15.0, 10_000)
     assert settings.redis is None
     assert settings.data_dir == default_data_dir()
 
@@ -42,7 +42,17 @@ def test_a_flag_beats_the_environment_which_beats_toml(config_file: Path) -> Non
 
 
 def test_an_empty_variable_is_not_set(config_file: Path) -> None:
-    assert resolve({}, {"MIXFLEET_MAX_BATCH_SIZE": ""}, config_file).max_batch_size == 8
+    assert resolve({}, {"MIXFLEET_MAX_STEP_TOKENS": ""}, config_file).max_step_tokens == 512
+
+
+def test_auto_leaves_the_batch_size_to_mixfleet_whatever_else_is_set(config_file: Path) -> None:
+    environ = {"MIXFLEET_MAX_BATCH_SIZE": "3"}
+    assert resolve({"max_batch_size": "auto"}, environ, config_file).max_batch_size is None
+
+
+@pytest.mark.parametrize(("word", "value"), [("on", True), ("OFF", False), ("0", False)])
+def test_a_switch_is_on_or_off(word: str, value: bool, config_file: Path) -> None:
+    assert resolve({"prefix_cache": word}, {}, config_file).prefix_cache is value
 
 
 def test_redis_url_is_honoured_after_our_own_variable_and_before_toml(config_file: Path) -> None:
@@ -71,6 +81,9 @@ def test_every_setting_can_be_given_in_every_way(config_file: Path) -> None:
         "max_step_tokens": ("2048", 2048),
         "context_length": ("8192", 8192),
         "kv_cache_gib": ("1.5", 1.5),
+        "prefix_cache": ("off", False),
+        "itl_target_s": ("0.05", 0.05),
+        "weight_dtype": ("int8", "int8"),
         "dtype": ("bfloat16", "bfloat16"),
         "device": ("cuda:1", "cuda:1"),
         "backend": ("reference", "reference"),
@@ -85,7 +98,7 @@ def test_every_setting_can_be_given_in_every_way(config_file: Path) -> None:
         assert getattr(resolve({name: text}, {}, config_file), name) == value
         variable = SETTINGS[name].variable
         assert getattr(resolve({}, {variable: text}, config_file), name) == value
-        quoted = f'"{text}"' if isinstance(value, str | Path) else text
+        quoted = f'"{text}"' if isinstance(value, str | Path | bool) else text
         config_file.write_text(f"{name} = {quoted}\n")
         assert getattr(resolve({}, {}, config_file), name) == value
         config_file.write_text("")
@@ -94,10 +107,15 @@ def test_every_setting_can_be_given_in_every_way(config_file: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("max_batch_size", "0", "max_batch_size=0: must be at least 1"),
-        ("max_batch_size", "many", "max_batch_size=many: must be a whole number"),
-        ("max_batch_size", "1.5", "max_batch_size=1.5: must be a whole number"),
-        ("max_batch_size", True, "max_batch_size=True: must be a whole number"),
+        ("max_batch_size", "0", "max_batch_size=0: must be at least 1, or auto"),
+        ("max_batch_size", "many", "max_batch_size=many: must be a whole number, or auto"),
+        ("max_batch_size", "1.5", "max_batch_size=1.5: must be a whole number, or auto"),
+        ("max_batch_size", True, "max_batch_size=True: must be a whole number, or auto"),
+        ("threads", "many", "threads=many: must be a whole number"),
+        ("prefix_cache", "perhaps", "prefix_cache=perhaps: must be on or off"),
+        ("prefix_cache", 1, "prefix_cache=1: must be on or off"),
+        ("itl_target_s", "0", "itl_target_s=0: must be more than 0"),
+        ("weight_dtype", "int2", "weight_dtype=int2: must be one of auto, fp8, int8, int4"),
         ("queue_limit", "-1", "queue_limit=-1: must be at least 1"),
         ("lease_s", "soon", "lease_s=soon: must be a number of seconds"),
         ("lease_s", "nan", "lease_s=nan: must be a number of seconds"),
@@ -258,8 +276,8 @@ def test_the_markdown_table_shows_flag_variable_default_and_help() -> None:
     assert rows[:2] == ["| flag | variable | default | what it sets |", "|---|---|---|---|"]
     assert len(rows) == 2 + len(SETTINGS)
     assert (
-        "| `--max-batch-size N` | `MIXFLEET_MAX_BATCH_SIZE` | `8` | "
-        "Most jobs that a worker generates at the same time. |"
+        "| `--max-step-tokens N` | `MIXFLEET_MAX_STEP_TOKENS` | `512` | "
+        "Most tokens in one step; a longer prompt goes in chunks. |"
     ) in rows
     assert all(row.replace("\\|", "").count("|") == 5 for row in rows)
 

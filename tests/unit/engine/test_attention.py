@@ -11,12 +11,13 @@ from mixfleet_engine.attention import Attention
 from mixfleet_engine.batch import make_batch
 from mixfleet_engine.config import ModelConfig
 from mixfleet_engine.kv_cache import KvCache
+from mixfleet_engine.layer_weights import AttentionWeights
 from mixfleet_engine.ops.cpu import CpuOps
 from mixfleet_engine.ops.door import Ops
 from mixfleet_engine.ops.reference import ReferenceOps
 from mixfleet_engine.rotary import RotaryTable
 from mixfleet_engine.weights import WeightLoader, open_checkpoint
-from support.dense_mixtral import dense_attention, rotate
+from support.dense_mixtral import dense_attention, norm, rotate
 from support.plans import chunk, plan, table
 from support.tiny_model import hf_tensors, tiny_config, write_hf_checkpoint
 
@@ -31,19 +32,17 @@ def make_ops(name: str) -> Ops:
 
 @dataclass
 class Bench:
-    """One attention layer with weights of its own, its cache and its rotary table."""
+    """One attention layer with weights of its own and its cache."""
 
     attention: Attention
     cache: KvCache
-    rotary: RotaryTable
     config: ModelConfig
 
     def run(self, xs: Sequence[tuple[torch.Tensor, int, list[int]]]) -> list[torch.Tensor]:
         """Run one step of (activations, start, block table) per sequence."""
         chunks = [chunk([0] * len(x), start=start, block_table=t) for x, start, t in xs]
         batch = make_batch(plan(*chunks), BLOCK_SIZE, CPU)
-        rotary = self.rotary.at(batch.positions)
-        out = self.attention(torch.cat([x for x, _, _ in xs]), rotary, batch, self.cache)
+        out = self.attention(torch.cat([x for x, _, _ in xs]), batch, self.cache)
         return list(torch.split(out, [len(x) for x, _, _ in xs]))
 
 
@@ -57,15 +56,16 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
     rotary = RotaryTable(
         head_dim=CONFIG.head_dim, context_length=256, theta=CONFIG.rope_theta, device=CPU
     )
-    attention = Attention.load(loader, 0, CONFIG, make_ops(request.param))
-    return Bench(attention, cache, rotary, CONFIG)
+    weights = AttentionWeights.load(loader, 0, CONFIG)
+    return Bench(Attention.make(weights, rotary, make_ops(request.param)), cache, CONFIG)
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
     """Return the layer's output for a whole sequence."""
     weights = {name: tensor.double() for name, tensor in hf_tensors(CONFIG).items()}
+    normed = norm(x.double(), weights["model.layers.0.input_layernorm.weight"], CONFIG.norm_eps)
     q, k, v = (
-        (x.double() @ weights[f"model.layers.0.self_attn.{n}_proj.weight"].T).view(len(x), -1, 16)
+        (normed @ weights[f"model.layers.0.self_attn.{n}_proj.weight"].T).view(len(x), -1, 16)
         for n in "qkv"
     )
     mixed = dense_attention(rotate(q, CONFIG.rope_theta), rotate(k, CONFIG.rope_theta), v)

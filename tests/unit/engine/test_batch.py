@@ -21,6 +21,19 @@ def test_the_worked_example() -> None:
     assert batch.sample_rows.tolist() == [2, 3]
 
 
+def test_the_chunk_table_of_the_worked_example() -> None:
+    batch = batch_of(
+        chunk([0, 0, 0], start=3, block_table=[7, 2]), chunk([0], start=1, block_table=[5])
+    )
+    table = batch.chunks
+    assert table.first_rows.tolist() == [0, 3]
+    assert table.num_rows.tolist() == [3, 1]
+    assert table.starts.tolist() == [3, 1]
+    assert table.table_offsets.tolist() == [0, 2]
+    assert table.tables.tolist() == [7, 2, 5]
+    assert {part.dtype for part in (table.starts, table.tables)} == {torch.int32}
+
+
 def test_slots_match_the_slow_count_token_by_token() -> None:
     tables = [[9, 4, 0, 7], [3, 8], [1, 2, 5]]
     chunks = [

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -57,7 +59,7 @@ def test_the_longest_free_block_is_handed_out_first() -> None:
 def test_releasing_what_is_not_taken_changes_nothing(blocks: list[int]) -> None:
     allocator = BlockAllocator(num_blocks=3, block_size=16)
     assert allocator.allocate(2) == [0, 1]
-    with pytest.raises(ValueError, match="not all taken"):
+    with pytest.raises(ValueError, match="not all held"):
         allocator.release(blocks)
     assert allocator.num_free == 1
 
@@ -66,8 +68,69 @@ def test_a_block_cannot_be_released_twice() -> None:
     allocator = BlockAllocator(num_blocks=3, block_size=16)
     blocks = allocator.allocate(2)
     allocator.release(blocks)
-    with pytest.raises(ValueError, match="not all taken"):
+    with pytest.raises(ValueError, match="not all held"):
         allocator.release(blocks)
+
+
+def resting(allocator: BlockAllocator, *tokens: int) -> list[int]:
+    """Let one sequence of blocks of one token come, become known and go."""
+    table = allocator.allocate(len(tokens))
+    for number in range(len(tokens)):
+        allocator.prefixes.add(table, number, tokens)
+    allocator.release(table)
+    return table
+
+
+def test_a_known_block_rests_when_it_is_released_and_counts_as_free() -> None:
+    allocator = BlockAllocator(num_blocks=3, block_size=1)
+    table = resting(allocator, 5, 6)
+    assert allocator.num_free == 3
+    assert allocator.prefixes.find((5, 6), 2) == table
+
+
+def test_plain_blocks_are_taken_before_resting_ones() -> None:
+    allocator = BlockAllocator(num_blocks=3, block_size=1)
+    (block,) = resting(allocator, 5)
+    assert block not in allocator.allocate(2)
+    assert allocator.prefixes.find((5,), 1) == [block]
+    assert allocator.allocate(1) == [block]
+    assert allocator.prefixes.find((5,), 1) == []
+
+
+def test_the_longest_resting_block_is_forgotten_first_and_the_end_before_the_beginning() -> None:
+    allocator = BlockAllocator(num_blocks=4, block_size=1)
+    old = resting(allocator, 5, 6)
+    new = resting(allocator, 7, 8)
+    assert allocator.allocate(4) == [old[1], old[0], new[1], new[0]]
+
+
+def test_sharing_a_block_again_makes_it_young() -> None:
+    allocator = BlockAllocator(num_blocks=2, block_size=1)
+    (old,) = resting(allocator, 5)
+    (new,) = resting(allocator, 6)
+    allocator.share([old])
+    assert (allocator.num_free, allocator.num_holders(old)) == (1, 1)
+    allocator.release([old])
+    assert allocator.allocate(2) == [new, old]
+
+
+def test_a_shared_block_is_free_when_its_last_holder_is_gone() -> None:
+    allocator = BlockAllocator(num_blocks=1, block_size=1)
+    (block,) = allocator.allocate(1)
+    allocator.share([block])
+    assert allocator.num_holders(block) == 2
+    allocator.release([block])
+    assert (allocator.num_free, allocator.num_holders(block)) == (0, 1)
+    allocator.release([block])
+    assert (allocator.num_free, allocator.num_holders(block)) == (1, 0)
+
+
+def test_what_neither_is_held_nor_rests_cannot_be_shared() -> None:
+    allocator = BlockAllocator(num_blocks=3, block_size=1)
+    held = allocator.allocate(1)
+    with pytest.raises(ValueError, match="not all held or resting"):
+        allocator.share([*held, 2])
+    assert allocator.num_holders(held[0]) == 1
 
 
 class AllocatorMachine(RuleBasedStateMachine):
@@ -84,8 +147,10 @@ class AllocatorMachine(RuleBasedStateMachine):
             with pytest.raises(OutOfBlocksError):
                 self.allocator.allocate(num_blocks)
         else:
-            self.owned.append(self.allocator.allocate(num_blocks))
-            assert len(self.owned[-1]) == num_blocks
+            blocks = self.allocator.allocate(num_blocks)
+            assert len(set(blocks)) == num_blocks
+            assert not any(set(blocks) & set(others) for others in self.owned)
+            self.owned.append(blocks)
 
     @precondition(lambda self: self.owned)
     @rule(data=st.data())
@@ -93,12 +158,19 @@ class AllocatorMachine(RuleBasedStateMachine):
         index = data.draw(st.integers(0, len(self.owned) - 1))
         self.allocator.release(self.owned.pop(index))
 
+    @precondition(lambda self: self.owned)
+    @rule(data=st.data())
+    def share(self, data: st.DataObject) -> None:
+        index = data.draw(st.integers(0, len(self.owned) - 1))
+        self.allocator.share(self.owned[index])
+        self.owned.append(list(self.owned[index]))
+
     @invariant()
-    def no_block_is_owned_twice_or_lost(self) -> None:
-        taken = [block for blocks in self.owned for block in blocks]
-        assert len(set(taken)) == len(taken)
-        assert set(taken) <= set(range(12))
-        assert len(taken) + self.allocator.num_free == 12
+    def every_block_is_free_or_held_as_often_as_somebody_owns_it(self) -> None:
+        times = Counter(block for blocks in self.owned for block in blocks)
+        assert set(times) <= set(range(12))
+        assert all(self.allocator.num_holders(block) == times[block] for block in range(12))
+        assert len(times) + self.allocator.num_free == 12
 
 
 TestAllocatorMachine = AllocatorMachine.TestCase

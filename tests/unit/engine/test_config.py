@@ -161,9 +161,14 @@ def test_context_may_be_shorter_than_the_models_but_not_longer() -> None:
         EngineConfig(context_length=513).context_of(model)
 
 
-def test_only_a_world_of_one_can_be_asked_for() -> None:
-    assert Shard().world == 1
-    with pytest.raises(ConfigError, match="world=2"):
-        Shard(world=2)
-    with pytest.raises(ConfigError, match="rank=1"):
-        Shard(rank=1)
+def test_a_process_alone_holds_all() -> None:
+    assert Shard() == Shard(rank=0, world=1)
+
+
+@pytest.mark.parametrize(
+    ("rank", "world", "named"),
+    [(0, 0, "world=0"), (1, 1, "rank=1: must be 0 to 0"), (-1, 2, "rank=-1"), (2, 2, "rank=2")],
+)
+def test_a_rank_that_cannot_be_is_refused(rank: int, world: int, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        Shard(rank=rank, world=world)

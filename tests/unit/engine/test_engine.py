@@ -1,9 +1,9 @@
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mixfleet_engine.door import GenerationEngine
 from mixfleet_engine.engine import Engine
@@ -27,9 +27,12 @@ class Sizes:
     max_batch_size: int = 4
     max_step_tokens: int = 16
     context_length: int = 64
+    prefix_cache: bool = True
 
 
-def make_engine(sizes: Sizes) -> tuple[Engine, FakeRunner]:
+def make_engine(
+    sizes: Sizes, clock: Callable[[], float] = lambda: 0.0
+) -> tuple[Engine, FakeRunner]:
     runner = FakeRunner(
         num_blocks=sizes.num_blocks,
         block_size=sizes.block_size,
@@ -44,8 +47,9 @@ def make_engine(sizes: Sizes) -> tuple[Engine, FakeRunner]:
         max_step_tokens=sizes.max_step_tokens,
         context_length=sizes.context_length,
         vocab_size=VOCAB,
+        prefix_cache=sizes.prefix_cache,
     )
-    return Engine(runner, scheduler), runner
+    return Engine(runner, scheduler, clock=clock), runner
 
 
 def slow_answers(requests: list[GenerateRequest]) -> Answers:
@@ -77,7 +81,12 @@ def test_a_runner_with_another_cache_is_refused(name: str) -> None:
     setattr(runner, name, 3)
     sizes = {"num_blocks": 32, "block_size": 4}
     scheduler = Scheduler(
-        **sizes, max_batch_size=4, max_step_tokens=16, context_length=64, vocab_size=VOCAB
+        num_blocks=sizes["num_blocks"],
+        block_size=sizes["block_size"],
+        max_batch_size=4,
+        max_step_tokens=16,
+        context_length=64,
+        vocab_size=VOCAB,
     )
     with pytest.raises(ConfigError, match=f"{name}={sizes[name]}: the runner has 3"):
         Engine(runner, scheduler)
@@ -113,13 +122,87 @@ def test_neither_chunk_size_nor_order_change_an_answer(
     assert run_to_end(engine, requests[::-1] if reverse else requests) == slow_answers(requests)
 
 
-def test_preemption_changes_no_answer() -> None:
-    engine, runner = make_engine(Sizes(num_blocks=12))
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_preemption_changes_no_answer(*, prefix_cache: bool) -> None:
+    engine, runner = make_engine(Sizes(num_blocks=12, prefix_cache=prefix_cache))
     requests = [make_request(name, prompt=(n,), max_tokens=40) for n, name in enumerate("abcd")]
     assert run_to_end(engine, requests) == slow_answers(requests)
     assert engine.num_preemptions > 0
     restarts = sum(chunk.start == 0 for plan in runner.plans for chunk in plan.chunks)
-    assert restarts == len(requests) + engine.num_preemptions
+    if prefix_cache:
+        assert restarts <= len(requests) + engine.num_preemptions
+        assert engine.prefix_hit_tokens > 0
+    else:
+        assert restarts == len(requests) + engine.num_preemptions
+        assert engine.prefix_hit_tokens == 0
+
+
+@pytest.mark.parametrize("max_step_tokens", [4, 7, 64])
+def test_a_prefix_that_was_found_changes_no_answer(max_step_tokens: int) -> None:
+    engine, _ = make_engine(Sizes(max_step_tokens=max_step_tokens))
+    system = [n % VOCAB for n in range(13)]
+    requests = [make_request(f"r{n}", prompt=[*system, n], max_tokens=9) for n in range(8)]
+    assert run_to_end(engine, requests) == slow_answers(requests)
+    assert engine.prefix_hit_tokens > 0
+    assert engine.prefix_queried_tokens == sum(len(r.prompt_token_ids) for r in requests)
+
+
+def test_a_conversation_that_goes_on_finds_its_last_turn() -> None:
+    engine, runner = make_engine(Sizes())
+    first = make_request("first", prompt=range(7), max_tokens=6)
+    ((answer, _),) = run_to_end(engine, [first]).values()
+    second = make_request("second", prompt=[*range(7), *answer, 3, 4], max_tokens=5)
+    assert run_to_end(engine, [second]) == slow_answers([second])
+    # The last token of the answer was never computed, the full blocks before it were.
+    assert next(c for c in runner.plans[6].chunks).start == 12
+
+
+def test_numbers_without_end_hurt_only_who_has_them() -> None:
+    engine, runner = make_engine(Sizes(num_blocks=8))
+    runner.poison = {11}
+    shared = [1, 2, 3, 4, 11, 6, 7, 8]
+    broken = [make_request(f"broken {n}", prompt=[*shared, n], max_tokens=9) for n in range(2)]
+    sound = [make_request(f"sound {n}", prompt=[5, n], max_tokens=9) for n in range(6)]
+    answers = run_to_end(engine, [*broken, *sound])
+    assert answers == {
+        request.request_id: slow_answer(request, VOCAB, {11}) for request in (*broken, *sound)
+    }
+    assert engine.free_tokens == 32
+
+
+def test_an_overdue_request_ends_with_the_next_step_and_the_others_go_on() -> None:
+    now = [0.0]
+    engine, runner = make_engine(Sizes(), clock=lambda: now[0])
+    late = make_request("late", prompt=(1,), max_tokens=20, deadline=5.0)
+    other = make_request("other", prompt=(2,), max_tokens=9)
+    answers: Answers = {}
+    for request in (late, other):
+        engine.submit(request)
+    step_into(answers, engine)
+    now[0] = 5.0
+    step_into(answers, engine)
+    assert answers["late"] == (slow_answer(late, VOCAB)[0][:1], "deadline")
+    while engine.has_work:
+        step_into(answers, engine)
+    assert answers["other"] == slow_answer(other, VOCAB)
+    assert len(runner.plans) == 9
+
+
+def test_nothing_is_run_when_only_overdue_requests_are_left() -> None:
+    engine, runner = make_engine(Sizes(), clock=lambda: 7.0)
+    engine.submit(make_request("late", deadline=5.0))
+    (output,) = engine.step()
+    assert (output.request_id, output.finish_reason) == ("late", "deadline")
+    assert (runner.plans, engine.has_work, engine.free_slots) == ([], False, 4)
+
+
+def test_the_engine_tells_who_runs_and_who_waits() -> None:
+    engine, _ = make_engine(Sizes(max_batch_size=2))
+    for name in "abc":
+        engine.submit(make_request(name))
+    assert (engine.num_running, engine.num_waiting) == (0, 3)
+    engine.step()
+    assert (engine.num_running, engine.num_waiting) == (2, 1)
 
 
 def test_a_request_joins_while_others_decode() -> None:
@@ -232,20 +315,25 @@ def test_a_rejected_request_hurts_nobody() -> None:
 
 
 sizes_drawn = st.builds(
-    lambda num_blocks, block_size, max_batch_size, extra, context_length: Sizes(
+    lambda num_blocks, block_size, max_batch_size, extra, context_length, prefix_cache: Sizes(
         num_blocks=num_blocks,
         block_size=block_size,
         max_batch_size=max_batch_size,
         max_step_tokens=max_batch_size + extra,
         context_length=context_length,
+        prefix_cache=prefix_cache,
     ),
     num_blocks=st.integers(1, 10),
     block_size=st.integers(1, 5),
     max_batch_size=st.integers(1, 5),
     extra=st.sampled_from([0, 1, 3, 20]),
     context_length=st.integers(2, 40),
+    prefix_cache=st.booleans(),
 )
-tokens_drawn = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12)
+tokens_drawn = st.one_of(
+    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12),
+    st.lists(st.integers(0, 1), min_size=1, max_size=20),  # of which many begin alike
+)
 
 
 @st.composite
@@ -256,6 +344,7 @@ def request_drawn(draw: st.DrawFn) -> GenerateRequest:
         max_tokens=draw(st.integers(1, 20)),
         stops=draw(st.frozensets(st.integers(0, VOCAB - 1), max_size=2)),
         sampling=SamplingParams(seed=draw(st.integers(0, 3))),
+        priority=draw(st.integers(-1, 1)),
     )
 
 
@@ -267,7 +356,7 @@ def test_every_answer_is_that_of_the_slow_loop_within_a_bounded_number_of_steps(
     engine, _ = make_engine(sizes)
     accepted = []
     for number, request in enumerate(drawn):
-        request = rename(request, f"r{number}")
+        request = replace(request, request_id=f"r{number}")
         fits = len(request.prompt_token_ids) + request.max_tokens <= engine.context_length
         if fits:
             engine.submit(request)
@@ -275,146 +364,7 @@ def test_every_answer_is_that_of_the_slow_loop_within_a_bounded_number_of_steps(
         else:
             with pytest.raises(RequestRejectedError):
                 engine.submit(request)
-    # The oldest request moves by at least one token in every step.
+    # The first in the order moves by at least one token in every step.
     bound = sum(len(r.prompt_token_ids) + r.max_tokens for r in accepted)
     assert run_to_end(engine, max_steps=bound + 1) == slow_answers(accepted)
     assert engine.free_tokens == sizes.num_blocks * sizes.block_size
-
-
-def rename(request: GenerateRequest, request_id: str) -> GenerateRequest:
-    return make_request(
-        request_id,
-        prompt=request.prompt_token_ids,
-        output=request.output_token_ids,
-        max_tokens=request.max_tokens,
-        stops=request.stop_token_ids,
-        sampling=request.sampling,
-    )
-
-
-class EngineMachine(RuleBasedStateMachine):
-    """Arrivals, aborts, losses and failures in any order, in a cache of any size.
-
-    The fake runner asserts that no block is owned twice and that each chunk goes on where the
-    cache ends; here the answers are compared with those of each request alone.
-    """
-
-    @initialize(sizes=sizes_drawn)
-    def start(self, sizes: Sizes) -> None:
-        self.sizes = sizes
-        self.engine, self.runner = make_engine(sizes)
-        self.live: dict[str, GenerateRequest] = {}
-        self.answers: Answers = {}
-        self.abort_next: str | None = None
-        self.runner.during_run = self.abort_in_run
-        self.num_submitted = 0
-        self.num_steps = 0
-        self.max_steps = 0
-
-    def abort_in_run(self, _: StepPlan) -> None:
-        if self.abort_next is not None:
-            self.forget(self.abort_next)
-            self.abort_next = None
-
-    def forget(self, request_id: str) -> None:
-        assert self.engine.abort(request_id)
-        del self.live[request_id]
-        self.answers.pop(request_id, None)
-
-    def submit_if_it_fits(self, request: GenerateRequest) -> None:
-        num_tokens = len(request.prompt_token_ids) + request.max_tokens
-        if num_tokens > self.engine.context_length:
-            with pytest.raises(RequestRejectedError):
-                self.engine.submit(request)
-            return
-        self.engine.submit(request)
-        self.live[request.request_id] = request
-        self.max_steps += num_tokens
-
-    @rule(request=request_drawn())
-    def submit(self, request: GenerateRequest) -> None:
-        self.num_submitted += 1
-        self.submit_if_it_fits(rename(request, f"r{self.num_submitted}"))
-
-    @precondition(lambda self: self.live)
-    @rule()
-    def submit_the_same_again(self) -> None:
-        with pytest.raises(RequestRejectedError):
-            self.engine.submit(next(iter(self.live.values())))
-
-    @precondition(lambda self: self.live)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        self.forget(data.draw(st.sampled_from(sorted(self.live))))
-
-    @precondition(lambda self: self.live)
-    @rule(data=st.data())
-    def abort_within_the_next_run(self, data: st.DataObject) -> None:
-        self.abort_next = data.draw(st.sampled_from(sorted(self.live)))
-        self.step()
-
-    @precondition(lambda self: self.live)
-    @rule(data=st.data())
-    def lose_and_continue_under_the_same_id(self, data: st.DataObject) -> None:
-        request = self.live[data.draw(st.sampled_from(sorted(self.live)))]
-        delivered, _ = self.answers.get(request.request_id, ((), None))
-        output = (*request.output_token_ids, *delivered)
-        self.forget(request.request_id)
-        self.submit_if_it_fits(
-            make_request(
-                request.request_id,
-                prompt=request.prompt_token_ids,
-                output=output,
-                max_tokens=request.max_tokens,
-                stops=request.stop_token_ids,
-                sampling=request.sampling,
-            )
-        )
-
-    @precondition(lambda self: self.live)
-    @rule()
-    def fail(self) -> None:
-        before = self.engine.free_slots
-        self.runner.failures = 1
-        with pytest.raises(RuntimeError):
-            self.engine.step()
-        assert self.engine.free_slots == before
-
-    @rule()
-    def step(self) -> None:
-        self.num_steps += self.engine.has_work
-        step_into(self.answers, self.engine)
-        for request_id, (token_ids, reason) in list(self.answers.items()):
-            if reason is not None:
-                request = self.live.pop(request_id)
-                assert (token_ids, reason) == slow_answer(request, VOCAB)
-                del self.answers[request_id]
-
-    @rule()
-    def some_steps(self) -> None:
-        for _ in range(5):
-            self.step()
-
-    @invariant()
-    def the_numbers_at_the_door_are_right(self) -> None:
-        if not hasattr(self, "engine"):
-            return
-        free = self.engine.free_tokens
-        assert 0 <= free <= self.sizes.num_blocks * self.sizes.block_size
-        assert self.engine.free_slots == max(0, self.sizes.max_batch_size - len(self.live))
-        assert self.engine.has_work == bool(self.live)
-
-    def teardown(self) -> None:
-        if not hasattr(self, "engine"):
-            return
-        while self.live:
-            self.step()
-            assert self.num_steps <= self.max_steps, "somebody starves"
-        assert not self.engine.has_work
-        assert self.engine.free_tokens == self.sizes.num_blocks * self.sizes.block_size
-
-
-TestEngineMachine = pytest.mark.slow(EngineMachine.TestCase)
-TestEngineMachine.settings = settings(
-    max_examples=100, stateful_step_count=40, deadline=None, derandomize=True, database=None
-)

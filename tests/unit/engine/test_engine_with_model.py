@@ -74,7 +74,7 @@ def slow_answer(
             position=len(answer),
             sampling=request.sampling,
         )
-        answer += runner.run(plan(whole))
+        answer += [token.token_id for token in runner.run(plan(whole))]
         if answer[-1] in request.stop_token_ids:
             return tuple(answer), "stop"
         if len(answer) == request.max_tokens:

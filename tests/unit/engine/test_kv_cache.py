@@ -1,12 +1,10 @@
 import resource
 import sys
 
-import pytest
 import torch
 
-from mixfleet_engine.config import EngineConfig
-from mixfleet_engine.errors import ConfigError
-from mixfleet_engine.kv_cache import KvCache, block_bytes, planned_num_blocks
+from mixfleet_engine.kv_cache import KvCache
+from mixfleet_engine.plan import kv_bytes_per_token
 from support.tiny_model import tiny_config
 
 CPU = torch.device("cpu")
@@ -67,40 +65,10 @@ def test_a_layer_is_blocks_by_tokens_by_heads_by_width() -> None:
     assert keys.shape == values.shape == (7, 4, 2, 16)
 
 
-def test_block_bytes_are_what_the_tensors_take() -> None:
+def test_the_planned_bytes_are_what_the_tensors_take() -> None:
     cache = make_cache(num_blocks=1, block_size=4)
     taken = sum(part.nbytes for layer in range(MODEL.n_layers) for part in cache.layer(layer))
-    assert block_bytes(MODEL, 4, torch.float32) == taken == 4 * TOKEN_BYTES
-
-
-def planned(config: EngineConfig) -> int:
-    return planned_num_blocks(MODEL, config, torch.float32, CPU)
-
-
-def test_num_blocks_is_taken_as_it_is() -> None:
-    assert planned(EngineConfig(num_blocks=123)) == 123
-
-
-def test_kv_cache_bytes_hold_whole_blocks_only() -> None:
-    one = 16 * TOKEN_BYTES
-    assert planned(EngineConfig(kv_cache_bytes=3 * one + 17)) == 3
-
-
-def test_the_default_is_a_full_context_for_each_of_a_full_batch() -> None:
-    assert planned(EngineConfig(max_batch_size=3)) == 3 * 7, "7 blocks of 16 hold 100 tokens"
-    assert planned(EngineConfig(max_batch_size=3, context_length=16)) == 3
-
-
-def test_the_default_on_a_cpu_stays_within_2_gib() -> None:
-    config = EngineConfig(max_batch_size=512)
-    model = tiny_config(context_length=1 << 20)
-    num_blocks = planned_num_blocks(model, config, torch.float32, CPU)
-    assert num_blocks * 16 * TOKEN_BYTES == 2 << 30
-
-
-def test_memory_for_less_than_one_block_is_refused_with_numbers() -> None:
-    with pytest.raises(ConfigError, match=r"100 bytes of KV cache hold no block, .* 8192 bytes"):
-        planned(EngineConfig(kv_cache_bytes=100))
+    assert 4 * kv_bytes_per_token(MODEL, "float32") == taken
 
 
 def test_cleared_blocks_are_zeros_in_all_layers_and_the_others_stay() -> None:

@@ -8,7 +8,7 @@ import torch
 from mixfleet_engine import loading
 from mixfleet_engine.config import EngineConfig
 from mixfleet_engine.errors import CheckpointError, ConfigError
-from mixfleet_engine.loading import load_engine, make_ops, resolve_device, resolve_dtype
+from mixfleet_engine.loading import load_engine, resolve_device, resolve_dtype
 from mixfleet_engine.request import GenerateRequest
 from support.tiny_model import tiny_config, write_hf_checkpoint, write_mistral_checkpoint
 
@@ -49,7 +49,8 @@ def test_what_was_loaded_is_logged_in_one_line(
     caplog.set_level(logging.INFO, logger="mixfleet_engine.loading")
     load_engine(write_hf_checkpoint(tmp_path, SMALL), CONFIG)
     (message,) = (r.getMessage() for r in caplog.records if r.name == "mixfleet_engine.loading")
-    assert "backend=cpu dtype=torch.float32 device=cpu num_blocks=16 block_size=4" in message
+    assert "backend=cpu dtype=torch.float32 weight_dtype=auto device=cpu" in message
+    assert message.endswith("num_blocks=16 block_size=4")
 
 
 def test_threads_are_set_when_asked_for(tmp_path: Path) -> None:
@@ -116,15 +117,6 @@ def test_dtypes_are_taken_by_name_but_never_fp16_on_a_cpu() -> None:
     assert resolve_dtype("float16", torch.device("cuda")) == torch.float16
     with pytest.raises(ConfigError, match="float16"):
         resolve_dtype("float16", CPU)
-
-
-def test_the_back_end_follows_the_device() -> None:
-    assert make_ops("auto", torch.float32, CPU).name == "cpu"
-    assert make_ops("cpu", torch.float32, CPU).name == "cpu"
-    assert make_ops("reference", torch.float32, CPU).name == "reference"
-    assert make_ops("auto", torch.bfloat16, torch.device("cuda")).name == "reference"
-    with pytest.raises(ConfigError, match="backend='cpu'"):
-        make_ops("cpu", torch.bfloat16, torch.device("cuda"))
 
 
 def test_a_cache_smaller_than_the_context_is_said(

@@ -4,12 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mixfleet_engine.moe import Expert, MoeLayer
+from mixfleet_engine.layer_weights import ExpertWeights, MoeWeights
+from mixfleet_engine.moe import MoeLayer
 from mixfleet_engine.ops.cpu import CpuOps
 from mixfleet_engine.ops.door import Ops
 from mixfleet_engine.ops.reference import ReferenceOps
+from support.dense_mixtral import norm
 
 WIDTH, EXPERT_WIDTH = 16, 24
+NORM_EPS = 1e-5
 OPS: list[Callable[[], Ops]] = [ReferenceOps, lambda: CpuOps(torch.float32)]
 
 
@@ -18,6 +21,7 @@ class Weights:
 
     def __init__(self, num_experts: int = 8) -> None:
         generator = torch.Generator().manual_seed(0)
+        self.norm = torch.rand(WIDTH, generator=generator) + 0.5
         self.gate = torch.randn(num_experts, WIDTH, generator=generator)
         self.w13 = (
             torch.randn(num_experts, 2 * EXPERT_WIDTH, WIDTH, generator=generator) / WIDTH**0.5
@@ -27,11 +31,16 @@ class Weights:
         )
 
     def layer(self, ops: Ops, top_k: int = 2) -> MoeLayer:
-        experts = tuple(
-            Expert(w13=ops.linear(w13), w2=ops.linear(w2), ops=ops)
-            for w13, w2 in zip(self.w13, self.w2, strict=True)
+        weights = MoeWeights(
+            norm=self.norm,
+            norm_eps=NORM_EPS,
+            gate=self.gate,
+            experts=tuple(
+                ExpertWeights(w13=w13, w2=w2) for w13, w2 in zip(self.w13, self.w2, strict=True)
+            ),
+            experts_per_token=top_k,
         )
-        return MoeLayer(gate=self.gate, experts=experts, experts_per_token=top_k, ops=ops)
+        return MoeLayer.make(weights, ops)
 
     def expert(self, number: int, row: torch.Tensor) -> torch.Tensor:
         gate_up = self.w13[number] @ row
@@ -41,7 +50,7 @@ class Weights:
     def dense(self, x: torch.Tensor, top_k: int = 2) -> torch.Tensor:
         """Every expert for every token, one row at a time."""
         rows = []
-        for row in x:
+        for row in norm(x, self.norm, NORM_EPS):
             shares = (self.gate @ row).softmax(-1)
             chosen = sorted(range(len(shares)), key=lambda e: -shares[e].item())[:top_k]
             total = sum(shares[e] for e in chosen)

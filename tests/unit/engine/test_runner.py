@@ -1,16 +1,19 @@
 """The whole numeric path against the dense reference, with plans made by hand."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mixfleet_engine.config import EngineConfig, ModelConfig
+from mixfleet_engine.history import TokenHistory
 from mixfleet_engine.loading import load_runner
 from mixfleet_engine.request import SamplingParams
 from mixfleet_engine.runner import ModelRunner
-from mixfleet_engine.step import PlannedChunk
+from mixfleet_engine.step import NO_TOKEN, PlannedChunk, SampledToken, StepPlan
 from support.dense_mixtral import dense_greedy, dense_logits
 from support.plans import chunk, plan, table
 from support.tiny_model import (
@@ -77,7 +80,7 @@ def step(runner: ModelRunner, answers: Sequence[Answer]) -> None:
     tokens = iter(runner.run(plan(*chunks)))
     for answer, planned in zip(answers, chunks, strict=True):
         if planned.samples:
-            answer.output.append(next(tokens))
+            answer.output.append(next(tokens).token_id)
     assert next(tokens, None) is None
 
 
@@ -177,6 +180,59 @@ def test_each_row_is_sampled_by_its_own_settings(runner: ModelRunner) -> None:
     together = runner.run(plan(*chunks))
     assert together[0] == together[3], "greedy does not look at seed and position"
     assert together == [token for c in chunks for token in runner.run(plan(c))]
+
+
+def test_penalties_count_the_requests_own_tokens(runner: ModelRunner) -> None:
+    """A greedy answer that may say nothing twice, and its twin whose bias says what comes."""
+    history = TokenHistory(tuple(prompt(6)))
+    once = SamplingParams(repetition_penalty=1e9, presence_penalty=2.0, logprobs=2)
+    forced = SamplingParams(logit_bias=((7, 100.0),))
+    for position in range(5):
+        chunks = [
+            replace(
+                chunk(history.token_ids, block_table=table(6 + position, BLOCK_SIZE, first)),
+                sampling=sampling,
+                history=history,
+                position=position,
+            )
+            for first, sampling in ((0, once), (20, forced))
+        ]
+        sampled, other = runner.run(plan(*chunks))
+        assert other.token_id == 7
+        assert sampled.logprobs is not None
+        best = runner.logits(plan(chunks[0])).argmax().item()
+        assert sampled.logprobs.top[0][0] == best, "logprobs are of the model's own logits"
+        history.token_ids.append(sampled.token_id)
+    assert len(set(history.token_ids[6:])) == 5
+    assert not set(history.token_ids[6:]) & set(history.token_ids[:6])
+
+
+def spoilt_checkpoint(folder: Path, token_id: int) -> Path:
+    """Return a checkpoint in which one token's embedding is not a number."""
+    file = write_hf_checkpoint(folder, CONFIG) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][token_id] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_a_chunk_that_is_not_finite_gives_no_token_and_hurts_no_other(tmp_path: Path) -> None:
+    runner = runner_of(spoilt_checkpoint(tmp_path, 5))
+    good = chunk([1, 2, 3], block_table=[2], sampling=SamplingParams(logprobs=3))
+    alone = runner.run(plan(good))
+    together = runner.run(plan(good, chunk([1, 5], block_table=[3]), replace(good)))
+    assert together[1] == SampledToken(NO_TOKEN)
+    assert together[0] == together[2] == alone[0]
+
+
+def test_blocks_to_be_cleared_are_as_new(tmp_path: Path) -> None:
+    """What a spoilt request left behind does not reach the next owner of its block."""
+    runner = runner_of(spoilt_checkpoint(tmp_path, 5))
+    fresh = runner.run(plan(chunk([1], block_table=[6])))
+    runner.run(plan(chunk([5, 5, 5, 5], block_table=[3])))
+    owner = chunk([1], block_table=[3])
+    assert runner.run(StepPlan(chunks=(owner,), clear_blocks=(3,))) == fresh
+    assert runner.run(plan(owner)) == fresh
 
 
 def test_bf16_stays_near_fp32(tmp_path: Path) -> None:

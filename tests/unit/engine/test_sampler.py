@@ -2,43 +2,26 @@
 
 import math
 import random
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
+from mixfleet_engine.history import TokenHistory
 from mixfleet_engine.request import SamplingParams
-from mixfleet_engine.sampler import sample, uniform
+from mixfleet_engine.sampler import Sampler
 from mixfleet_engine.step import NO_TOKEN
+from support.slow_sampler import fresh_sample as sample
+from support.slow_sampler import sampling_chunk, slow_adjusted, slow_token
 
 GREEDY = SamplingParams()
 VOCAB = 64
+SEEDS = range(50)
 
 
 def random_logits(rows: int, seed: int = 0, spread: float = 3.0) -> torch.Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * spread
-
-
-def slow_sample(logits: list[float], params: SamplingParams, position: int) -> int:
-    """Sort, cut, renormalise, walk: one token after the other."""
-    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
-    if params.temperature == 0:
-        return order[0]
-    weight = {t: math.exp((logits[t] - logits[order[0]]) / params.temperature) for t in order}
-    kept = order[: params.top_k] if params.top_k else order
-    total = sum(weight[t] for t in kept)
-    mass, nucleus = 0.0, []
-    for token in kept:
-        nucleus.append(token)
-        mass += weight[token] / total
-        if mass >= params.top_p:
-            break
-    draw = uniform(params.seed, position) * sum(weight[t] for t in nucleus)
-    for token in sorted(nucleus):
-        draw -= weight[token]
-        if draw < 0:
-            return token
-    raise AssertionError("the draw is below the total")
 
 
 def random_params(rng: random.Random) -> SamplingParams:
@@ -46,6 +29,7 @@ def random_params(rng: random.Random) -> SamplingParams:
         temperature=rng.choice([0.0, 0.3, 0.8, 1.0, 1.7]),
         top_k=rng.choice([0, 0, 1, 2, 5, 40, VOCAB, 1000]),
         top_p=rng.choice([1.0, 1.0, 0.95, 0.9, 0.5, 0.1]),
+        min_p=rng.choice([0.0, 0.0, 0.02, 0.3]),
         seed=rng.getrandbits(64),
     )
 
@@ -57,7 +41,7 @@ def test_every_mix_of_settings_matches_the_slow_sampler(seed: int) -> None:
     positions = [rng.randrange(1000) for _ in params]
     logits = random_logits(len(params), seed)
     expected = [
-        slow_sample(row, p, position)
+        slow_token(row, p, position)
         for row, p, position in zip(logits.tolist(), params, positions, strict=True)
     ]
     assert sample(logits, params, positions) == expected
@@ -105,27 +89,110 @@ def test_top_p_is_taken_of_what_top_k_left() -> None:
     assert {sample(logits, [p], [0])[0] for p in only_p} == {0, 1}
 
 
-def test_a_row_does_not_depend_on_the_rows_around_it() -> None:
-    rng = random.Random(7)
-    params = [random_params(rng) for _ in range(60)]
-    logits, positions = random_logits(60), list(range(60))
-    together = sample(logits, params, positions)
-    alone = [sample(logits[i : i + 1], [params[i]], [positions[i]])[0] for i in range(len(params))]
-    order = rng.sample(range(60), 60)
-    shuffled = sample(logits[order], [params[i] for i in order], [positions[i] for i in order])
-    assert alone == together
-    assert [together[i] for i in order] == shuffled
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
-def test_frequencies_follow_the_probabilities() -> None:
+def everything(rng: random.Random) -> SamplingParams:
+    """Settings of which any may be on."""
+    return replace(
+        random_params(rng),
+        repetition_penalty=rng.choice([1.0, 1.2]),
+        presence_penalty=rng.choice([0.0, 0.6]),
+        frequency_penalty=rng.choice([0.0, 0.2]),
+        logit_bias=rng.choice([(), ((3, 2.5), (60, -1.0))]),
+        logprobs=rng.choice([None, 0, 5]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "vocab"), [(2, 50257), (7, 32000), (32, 5003), (2, VOCAB), (7, VOCAB), (32, VOCAB)]
+)
+def test_a_row_does_not_depend_on_the_rows_around_it(
+    num_rows: int, vocab: int, threads: int
+) -> None:
+    """Alone, among others and in another order, with tokens and log-probabilities bit by bit."""
+    rng = random.Random(num_rows * threads)
+    generator = torch.Generator().manual_seed(num_rows)
+    logits = torch.randn(num_rows, vocab, generator=generator) * 3
+    histories = [
+        TokenHistory(tuple(rng.choices(range(VOCAB), k=9)), tuple(rng.choices(range(VOCAB), k=row)))
+        for row in range(num_rows)
+    ]
+    chunks = [sampling_chunk(everything(rng), h.num_output, h) for h in histories]
+    together = Sampler().sample(logits, chunks)
+    order = rng.sample(range(num_rows), num_rows)
+    shuffled = Sampler().sample(logits[order], [chunks[row] for row in order])
+    assert shuffled == [together[row] for row in order]
+    for row in order[:6]:
+        assert Sampler().sample(logits[row : row + 1], [chunks[row]]) == together[row : row + 1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bias_and_penalties_come_before_temperature_and_filters(seed: int) -> None:
+    rng = random.Random(seed)
+    logits = random_logits(40, seed)
+    prompt, answer = tuple(range(20)), tuple(rng.choices(range(10, 40), k=15))
+    chunks = [
+        sampling_chunk(everything(rng), len(answer), TokenHistory(prompt, answer))
+        for _ in range(len(logits))
+    ]
+    expected = [
+        slow_token(slow_adjusted(row, c.sampling, prompt, answer), c.sampling, len(answer))
+        for row, c in zip(logits.tolist(), chunks, strict=True)
+    ]
+    assert [token.token_id for token in Sampler().sample(logits, chunks)] == expected
+
+
+def test_greedy_is_the_argmax_after_penalties() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, [4, 9, 30]] = torch.tensor([2.0, 3.0, 2.0])
+    once = TokenHistory((1,), (9,))
+    chunks = [sampling_chunk(SamplingParams(presence_penalty=1.0), 1, once)]
+    assert Sampler().sample(logits, chunks)[0].token_id == 4, "9 is down at a tie, and 4 is lower"
+
+
+def test_an_answer_with_a_hard_repetition_penalty_says_everything_once() -> None:
+    """One sampler through all steps of an answer, as in an engine."""
+    logits, history, sampler = random_logits(1), TokenHistory((0,)), Sampler()
+    params = SamplingParams(repetition_penalty=1e6, presence_penalty=2.0, logit_bias=((0, -100.0),))
+    for position in range(30):
+        token = sampler.sample(logits.abs(), [sampling_chunk(params, position, history)])[0]
+        history.token_ids.append(token.token_id)
+    best = logits[0].abs().sort(descending=True).indices.tolist()
+    assert history.token_ids[1:] == [token for token in best if token != 0][:30]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 30, "top_p": 0.9}]
+)
+def test_frequencies_follow_the_probabilities(settings: dict[str, float]) -> None:
     logits = random_logits(1, spread=1.0)
-    params = SamplingParams(temperature=0.7, seed=42)
+    params = SamplingParams(temperature=0.7, seed=42, **settings)  # type: ignore[arg-type]
     draws = 20_000
     tokens = sample(logits.expand(draws, -1), [params] * draws, list(range(draws)))
     counts = torch.tensor(tokens).bincount(minlength=VOCAB)
-    expected = (logits[0] / 0.7).softmax(-1) * draws
-    chi_square = ((counts - expected) ** 2 / expected).sum().item()
-    assert chi_square < 103, "99.9 % of fair samplers stay below with 63 degrees of freedom"
+    expected = slow_probabilities(logits[0] / 0.7, params) * draws
+    kept = expected > 0
+    assert counts[~kept].sum() == 0
+    chi_square = ((counts - expected) ** 2 / expected)[kept].sum().item()
+    freedom = int(kept.sum()) - 1
+    # Wilson and Hilferty's cube: 99.9 % of fair samplers stay below.
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * math.sqrt(2 / (9 * freedom))) ** 3
+    assert chi_square < limit
+
+
+def slow_probabilities(scaled: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    shares, order = scaled.double().softmax(-1).sort(descending=True)
+    shares[params.top_k or VOCAB :] = 0
+    shares /= shares.sum()
+    shares[shares.cumsum(-1) - shares >= params.top_p] = 0
+    shares[shares < params.min_p * shares[0]] = 0
+    return torch.zeros_like(shares).scatter(0, order, shares / shares.sum())
 
 
 def test_logits_are_left_as_they_were() -> None:
@@ -133,33 +200,6 @@ def test_logits_are_left_as_they_were() -> None:
     before = logits.clone()
     sample(logits, [SamplingParams(temperature=1.0, top_k=3, top_p=0.5)] * 3, [0, 1, 2])
     assert torch.equal(logits, before)
-
-
-def test_uniform_numbers_stay_the_same_for_ever() -> None:
-    """A worker of the next release goes on with the answers of this one."""
-    assert uniform(0, 0) == 0.6524484863740321
-    assert uniform(1, 0) == 0.36818951565166946
-    assert uniform(2**64 - 1, 12345) == 0.1450707396536648
-
-
-def test_uniform_takes_seeds_of_any_sign_by_their_64_bits() -> None:
-    assert uniform(-1, 3) == uniform(2**64 - 1, 3)
-
-
-@pytest.mark.parametrize("by_seed", [True, False])
-def test_uniform_numbers_of_neighbours_look_unrelated(by_seed: bool) -> None:
-    count = 20_000
-    numbers = [uniform(i, 5) if by_seed else uniform(5, i) for i in range(count)]
-    assert all(0 <= number < 1 for number in numbers)
-    assert len(set(numbers)) == count
-    assert sum(numbers) / count == pytest.approx(0.5, abs=0.01)
-    following = sum(a * b for a, b in pairwise(numbers)) / count
-    assert following == pytest.approx(0.25, abs=0.01)
-
-
-def test_near_seeds_do_not_walk_through_the_same_numbers() -> None:
-    numbers = {uniform(seed, position) for seed in range(100) for position in range(100)}
-    assert len(numbers) == 100 * 100
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -173,7 +213,40 @@ def test_a_row_that_is_not_finite_gives_no_token_and_hurts_no_other(
     assert sample(logits, [params] * 3, [0, 1, 2]) == [expected[0], NO_TOKEN, expected[2]]
 
 
-def test_tokens_that_cannot_be_chosen_are_no_error() -> None:
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=1.0, top_k=5, min_p=0.1)])
+def test_a_row_without_a_possible_token_gives_none(params: SamplingParams) -> None:
+    logits = random_logits(2)
+    expected = sample(logits, [params] * 2, [0, 0])
+    logits[0] = -math.inf
+    assert sample(logits, [params] * 2, [0, 0]) == [NO_TOKEN, expected[1]]
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_tokens_that_cannot_be_chosen_are_no_error(settings: dict[str, float]) -> None:
     logits = torch.full((1, VOCAB), -math.inf)
     logits[0, 7] = 1.0
-    assert sample(logits, [SamplingParams(temperature=1.0)], [0]) == [7]
+    params = SamplingParams(temperature=1.0, **settings)  # type: ignore[arg-type]
+    assert sample(logits, [params], [0]) == [7]
+
+
+def test_a_bias_bans_and_forces_tokens() -> None:
+    logits = random_logits(1)
+    best = int(logits.argmax())
+    banned = [SamplingParams(temperature=1.0, seed=s, logit_bias=((best, -100.0),)) for s in SEEDS]
+    forced = [SamplingParams(temperature=1.0, seed=s, logit_bias=((11, 100.0),)) for s in SEEDS]
+    assert best not in sample(logits.expand(50, -1), banned, [0] * 50)
+    assert set(sample(logits.expand(50, -1), forced, [0] * 50)) == {11}
+
+
+@pytest.mark.parametrize("num_rows", [2, 8])
+def test_wide_and_narrow_rows_go_together(num_rows: int) -> None:
+    """A flat row needs a full sort, a peaked one does not; each gets its token alike."""
+    logits = torch.randn(num_rows, 20_000, generator=torch.Generator().manual_seed(0))
+    logits[::2] *= 6
+    params = [SamplingParams(temperature=1.0, top_p=0.95, seed=s) for s in range(num_rows)]
+    expected = [slow_token(row, p, 5) for row, p in zip(logits.tolist(), params, strict=True)]
+    assert sample(logits, params, [5] * num_rows) == expected
+
+
+def test_no_rows_give_no_tokens() -> None:
+    assert Sampler().sample(torch.empty(0, VOCAB), []) == []

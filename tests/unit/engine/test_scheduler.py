@@ -1,30 +1,38 @@
+import math
 import pickle
+from typing import Any
 
 import pytest
 
 from mixfleet_engine.errors import ConfigError, InvalidRequestError, PromptTooLongError
 from mixfleet_engine.request import StepOutput
 from mixfleet_engine.scheduler import Scheduler
-from mixfleet_engine.step import NO_TOKEN, StepPlan
+from mixfleet_engine.step import NO_TOKEN, SampledToken, StepPlan
 from support.engine_requests import make_request
 
 
-def make_scheduler(**changes: int) -> Scheduler:
-    sizes = {
+def make_scheduler(**changes: Any) -> Scheduler:
+    """A small scheduler without a prefix cache, so that prompts may look alike."""
+    sizes: dict[str, Any] = {
         "num_blocks": 16,
         "block_size": 4,
         "max_batch_size": 4,
         "max_step_tokens": 8,
         "context_length": 64,
         "vocab_size": 100,
+        "prefix_cache": False,
     }
     return Scheduler(**{**sizes, **changes})
+
+
+def tokens(*token_ids: int) -> list[SampledToken]:
+    return [SampledToken(token_id) for token_id in token_ids]
 
 
 def step(scheduler: Scheduler, token_id: int = 50) -> StepPlan:
     """Plan and commit one step that samples ``token_id`` everywhere."""
     plan = scheduler.plan()
-    scheduler.commit(plan, [token_id] * plan.num_samples)
+    scheduler.commit(plan, tokens(*[token_id] * plan.num_samples))
     return plan
 
 
@@ -46,6 +54,12 @@ def test_a_step_must_have_room_for_a_full_batch() -> None:
     make_scheduler(max_batch_size=4, max_step_tokens=4)
     with pytest.raises(ConfigError, match="max_step_tokens=3: must be at least max_batch_size=4"):
         make_scheduler(max_batch_size=4, max_step_tokens=3)
+
+
+@pytest.mark.parametrize("target_s", [0.0, -1.0, math.nan])
+def test_a_target_that_no_step_can_keep_is_refused(target_s: float) -> None:
+    with pytest.raises(ConfigError, match=f"^itl_target_s={target_s}: must be above 0"):
+        make_scheduler(itl_target_s=target_s)
 
 
 def test_without_requests_the_plan_is_empty() -> None:
@@ -215,7 +229,7 @@ def test_a_continued_answer_is_prefilled_with_its_prompt_and_keeps_counting() ->
     assert (chunk.samples, chunk.position) == (True, 3)
     plan = scheduler.plan()
     assert plan.chunks[0].position == 4
-    assert scheduler.commit(plan, [9]) == [
+    assert scheduler.commit(plan, tokens(9)) == [
         StepOutput(request_id="a", token_ids=(9,), finish_reason="length")
     ]
 
@@ -224,7 +238,7 @@ def test_a_continued_answer_is_prefilled_with_its_prompt_and_keeps_counting() ->
 def test_a_stop_token_wins_on_the_last_allowed_place(token_id: int, reason: str) -> None:
     scheduler = make_scheduler()
     scheduler.submit(make_request("a", max_tokens=1, stops=(7,)))
-    (output,) = scheduler.commit(scheduler.plan(), [token_id])
+    (output,) = scheduler.commit(scheduler.plan(), tokens(token_id))
     assert (output.token_ids, output.finish_reason) == ((token_id,), reason)
     assert (scheduler.has_work, scheduler.free_tokens) == (False, 64)
 
@@ -239,7 +253,7 @@ def test_each_request_ends_by_its_own_rules_whoever_is_in_the_batch() -> None:
         plan = scheduler.plan()
         ids = [chunk.request_id for chunk in plan.chunks]
         sampled = [99 if (name, number) == ("stops", 4) else 50 for name in ids]
-        for output in scheduler.commit(plan, sampled):
+        for output in scheduler.commit(plan, tokens(*sampled)):
             lengths[output.request_id] += 1
             reasons[output.request_id] = output.finish_reason
     assert lengths == {"ten": 10, "three": 3, "stops": 5}
@@ -317,7 +331,7 @@ def test_what_a_plan_computed_for_an_aborted_request_is_ignored() -> None:
     plan = scheduler.plan()
     scheduler.abort("b")
     assert scheduler.free_tokens == 56
-    outputs = scheduler.commit(plan, [10, 11, 12])
+    outputs = scheduler.commit(plan, tokens(10, 11, 12))
     assert [(output.request_id, output.token_ids) for output in outputs] == [
         ("a", (10,)),
         ("c", (12,)),
@@ -330,7 +344,7 @@ def test_a_request_resubmitted_between_plan_and_commit_gets_nothing_of_the_old_o
     plan = scheduler.plan()
     scheduler.abort("a")
     scheduler.submit(make_request("a", prompt=(3, 4, 5)))
-    assert scheduler.commit(plan, [10]) == []
+    assert scheduler.commit(plan, tokens(10)) == []
     assert scheduler.plan().chunks[0].token_ids == (3, 4, 5)
 
 
@@ -348,9 +362,9 @@ def test_a_plan_cannot_be_committed_twice() -> None:
     scheduler = make_scheduler()
     scheduler.submit(make_request("a"))
     plan = scheduler.plan()
-    scheduler.commit(plan, [1])
+    scheduler.commit(plan, tokens(1))
     with pytest.raises(ValueError, match="only once"):
-        scheduler.commit(plan, [1])
+        scheduler.commit(plan, tokens(1))
 
 
 @pytest.mark.parametrize("sampled", [[], [1], [1, 2, 3]])
@@ -359,21 +373,26 @@ def test_a_wrong_number_of_tokens_is_refused_and_nothing_is_booked(sampled: list
     for name in "ab":
         scheduler.submit(make_request(name))
     with pytest.raises(ValueError, match=f"{len(sampled)} tokens for 2 chunks"):
-        scheduler.commit(scheduler.plan(), sampled)
+        scheduler.commit(scheduler.plan(), tokens(*sampled))
     assert [chunk.start for chunk in scheduler.plan().chunks] == [0, 0]
 
 
-def test_requests_leave_nothing_behind_in_memory() -> None:
-    scheduler = make_scheduler()
-    size = len(pickle.dumps(scheduler))
-    for number in range(30):
-        scheduler.submit(make_request(f"finishes {number}", max_tokens=2))
-        scheduler.submit(make_request(f"is aborted {number}"))
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_requests_leave_nothing_behind_in_memory(*, prefix_cache: bool) -> None:
+    scheduler = make_scheduler(prefix_cache=prefix_cache)
+    sizes = []
+    for number in range(300):
+        prompt = [number % 100, number // 100, 3, 4, 5]
+        scheduler.submit(make_request(f"finishes {number}", prompt=prompt, max_tokens=2))
+        scheduler.submit(make_request(f"is aborted {number}", prompt=prompt[1:]))
         step(scheduler)
         scheduler.abort(f"is aborted {number}")
+        scheduler.submit(make_request(f"is late {number}", deadline=-1.0))
         step(scheduler)
+        sizes.append(len(pickle.dumps(scheduler)))
     assert not scheduler.has_work
-    assert len(pickle.dumps(scheduler)) == size
+    # The counters alone grow, by a byte or two.
+    assert sizes[-1] <= max(sizes[30:60]) + 16
 
 
 def test_a_request_without_a_token_ends_with_an_error_and_frees_what_it_held() -> None:
@@ -381,7 +400,7 @@ def test_a_request_without_a_token_ends_with_an_error_and_frees_what_it_held() -
     scheduler.submit(make_request("broken", prompt=[1, 2]))
     scheduler.submit(make_request("sound", prompt=[3]))
     plan = scheduler.plan()
-    assert scheduler.commit(plan, [NO_TOKEN, 50]) == [
+    assert scheduler.commit(plan, tokens(NO_TOKEN, 50)) == [
         StepOutput(request_id="broken", token_ids=(), finish_reason="error"),
         StepOutput(request_id="sound", token_ids=(50,)),
     ]

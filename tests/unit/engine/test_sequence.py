@@ -71,3 +71,37 @@ def test_dropping_the_cache_keeps_the_tokens() -> None:
     assert sequence.drop_cache() == [4, 2]
     assert (sequence.token_ids, sequence.block_table) == ([5, 6, 8], [])
     assert (sequence.num_cached, sequence.num_pending, sequence.num_output) == (0, 3, 1)
+
+
+def test_dropping_the_cache_forgets_what_was_known_of_its_blocks() -> None:
+    sequence = Sequence(make_request())
+    sequence.num_known, sequence.num_trusted, sequence.refused_at = 3, 2, 7
+    sequence.drop_cache()
+    fresh = Sequence(make_request())
+    for name in ("num_known", "num_trusted", "refused_at"):
+        assert getattr(sequence, name) == getattr(fresh, name)
+
+
+def test_the_order_is_priority_first_and_then_arrival() -> None:
+    urgent, first, second = (
+        Sequence(make_request(priority=priority), arrival)
+        for priority, arrival in ((-1, 9), (0, 1), (0, 2))
+    )
+    assert urgent.order < first.order < second.order
+
+
+@pytest.mark.parametrize(
+    ("deadline", "overdue"), [(None, False), (5.1, False), (5.0, True), (-1.0, True)]
+)
+def test_a_request_is_overdue_from_its_deadline_on(
+    deadline: float | None, *, overdue: bool
+) -> None:
+    assert Sequence(make_request(deadline=deadline)).is_overdue(5.0) == overdue
+
+
+def test_a_chunk_carries_the_history_itself_not_a_copy() -> None:
+    sequence = Sequence(make_request(prompt=(5, 6), max_tokens=3))
+    chunk = sequence.chunk(2, 0)
+    sequence.append(7)
+    assert chunk.history is sequence.history
+    assert (chunk.history.token_ids, chunk.history.num_output) == ([5, 6, 7], 1)

@@ -127,6 +127,44 @@ def test_every_step_takes_its_time_and_every_token_too() -> None:
     assert slept == [1.25, 0.75, 0.75]
 
 
+def test_a_beginning_that_was_computed_takes_no_time_again() -> None:
+    slept: list[float] = []
+    engine = make_engine(token_s=1.0, sleep=slept.append)
+    for _ in range(2):
+        answer(engine, prompt=range(40), max_tokens=1)
+    assert slept == [40.0, 8.0]
+    assert (engine.prefix_queried_tokens, engine.prefix_hit_tokens) == (80, 32)
+
+
+def test_without_the_prefix_cache_every_prompt_takes_its_time() -> None:
+    slept: list[float] = []
+    engine = make_engine(token_s=1.0, sleep=slept.append, prefix_cache=False)
+    for _ in range(2):
+        answer(engine, prompt=range(40), max_tokens=1)
+    assert slept == [40.0, 40.0]
+
+
+def test_a_target_keeps_prompts_from_holding_up_answers() -> None:
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    engine = make_engine(token_s=0.01, sleep=sleep, clock=lambda: now[0], itl_target_s=0.2)
+    engine.submit(make_request("chat", max_tokens=300))
+    engine.step()
+    for number in range(4):
+        engine.submit(make_request(f"long {number}", prompt=[number] * 500, max_tokens=1))
+    gaps = []
+    while engine.has_work:
+        before = now[0]
+        engine.step()
+        gaps.append(now[0] - before)
+    # The first two prefills are made before anything is known of their cost.
+    assert max(gaps[2:]) <= 0.26
+    assert max(gaps[2:]) >= 0.15
+
+
 def test_without_latency_it_never_sleeps() -> None:
     slept: list[float] = []
     answer(make_engine(sleep=slept.append))
@@ -159,16 +197,38 @@ def test_a_request_can_be_aborted_while_the_step_takes_its_time() -> None:
     assert [output.request_id for output in engine.step()] == ["b"]
 
 
+def test_an_overdue_request_ends_and_can_come_again() -> None:
+    now = [0.0]
+    engine = make_engine(clock=lambda: now[0])
+    expected = engine.answer(make_request())
+    engine.submit(make_request(deadline=1.0))
+    engine.step()
+    now[0] = 1.0
+    (output,) = engine.step()
+    assert (output.token_ids, output.finish_reason) == ((), "deadline")
+    assert answer(engine) == expected
+
+
+def test_a_better_priority_goes_first() -> None:
+    engine = make_engine(max_batch_size=1)
+    for name, priority in (("worse", 1), ("better", 0)):
+        engine.submit(make_request(name, max_tokens=2, priority=priority))
+    assert ids(engine, 4) == ["better", "better", "worse", "worse"]
+
+
 def test_requests_leave_nothing_behind_in_memory() -> None:
     engine = make_engine()
-    size = len(pickle.dumps(engine))
-    run_to_end(engine, [make_request(f"finished {n}") for n in range(20)])
-    for number in range(20):
-        engine.submit(make_request(f"aborted {number}"))
-    engine.step()
-    for number in range(20):
-        engine.abort(f"aborted {number}")
-    assert len(pickle.dumps(engine)) == size
+    sizes = []
+    for turn in range(5):
+        run_to_end(engine, [make_request(f"finished {turn} {n}") for n in range(20)])
+        for number in range(20):
+            engine.submit(make_request(f"aborted {turn} {number}"))
+        engine.step()
+        for number in range(20):
+            engine.abort(f"aborted {turn} {number}")
+        sizes.append(len(pickle.dumps(engine)))
+    # The counters alone grow, by a byte or two.
+    assert sizes[-1] <= sizes[1] + 16
 
 
 def test_it_refuses_what_a_real_engine_refuses() -> None:

@@ -111,11 +111,13 @@ def test_progress_counts_every_byte_once(tmp_path: Path) -> None:
     assert calls[-1] == (total, total)
 
 
-def test_rows_stacks_matrices(tmp_path: Path) -> None:
+def test_matrix_stacks_matrices(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_hf_checkpoint(tmp_path, SMALL), SMALL)
     loader = WeightLoader(checkpoint, SMALL, dtype=torch.float32, device=torch.device("cpu"))
     names = ("layers.0.attention.wk.weight", "layers.0.attention.wv.weight")
-    assert torch.equal(loader.rows(*names), torch.cat([expected_weights()[n] for n in names]))
+    found = loader.matrix(*names)
+    assert isinstance(found, torch.Tensor)
+    assert torch.equal(found, torch.cat([expected_weights()[n] for n in names]))
 
 
 def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:

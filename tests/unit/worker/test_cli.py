@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -6,10 +7,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mixfleet_broker.errors import MissingExtraError
+from mixfleet_engine.config import Shard
+from mixfleet_engine.rendezvous import Rendezvous
 from mixfleet_worker import cli
 from mixfleet_worker.cli import check_installed, worker
+from mixfleet_worker.group import LOST_STATUS, GroupLostError
 from mixfleet_worker.loop import EngineBrokenError
 from mixfleet_worker.up import up
+from support.tiny_model import tiny_config, write_hf_checkpoint
 
 
 def run(*arguments: str) -> Result:
@@ -39,10 +44,72 @@ def test_a_worker_without_a_model_ends_with_one_clear_line() -> None:
     assert "--model-path" in result.output
 
 
-def test_tensor_parallelism_is_refused_clearly() -> None:
+def test_a_simulated_engine_of_several_processes_is_refused() -> None:
     result = run("--simulated", "--tp", "2")
     assert result.exit_code == 1
-    assert "tp=2" in result.output
+    assert "tp=2: a simulated engine is one process" in result.output
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_hf_checkpoint(tmp_path / "tiny", tiny_config(n_layers=1))
+
+
+def test_several_processes_get_the_flags_of_the_command_and_their_status_is_its_own(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[list[str], int]] = []
+
+    def run_ranks(command: list[str], world: int, **_: object) -> int:
+        started.append((command, world))
+        return 7
+
+    monkeypatch.setattr(cli, "run_ranks", run_ranks)
+    flags = ("--model-path", str(checkpoint), "--redis", "redis://127.0.0.1:1", "--threads", "3")
+    assert run("--tp", "2", *flags).exit_code == 7
+    ((command, world),) = started
+    assert world == 2
+    assert "--tp" not in command
+    given = dict(zip(command[3::2], command[4::2], strict=True))
+    worker_id = given.pop("--worker-id")
+    assert worker_id, "all ranks are the same worker"
+    assert given == dict(zip(flags[::2], flags[1::2], strict=True)) | {
+        "--parent-pid": str(os.getpid())
+    }
+
+
+def test_a_number_of_processes_that_cannot_share_the_model_is_refused(checkpoint: Path) -> None:
+    result = run("--tp", "3", "--model-path", str(checkpoint), "--redis", "redis://127.0.0.1:1")
+    assert result.exit_code == 1
+    assert "tp=3: 3 ranks cannot share n_heads=4 equally; sizes that work: 1, 2" in result.output
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    place = Rendezvous(shard=Shard(rank=rank, world=2), local_rank=rank, host="127.0.0.1", port=1)
+    for name, value in place.as_environment().items():
+        monkeypatch.setenv(name, value)
+
+
+def test_another_number_than_torchruns_is_refused(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_rank(monkeypatch, 0)
+    result = run("--tp", "4", "--model-path", str(checkpoint))
+    assert result.exit_code == 1
+    assert "tp=4: torchrun started 2 processes" in result.output
+
+
+def test_a_rank_whose_neighbour_is_gone_ends_without_an_error_of_its_own(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object, **__: object) -> None:
+        raise GroupLostError("another rank is gone: connection reset")
+
+    as_rank(monkeypatch, 1)
+    monkeypatch.setattr("mixfleet_worker.serve.serve_as_rank", lost)
+    result = run("--model-path", str(checkpoint), "--redis", "redis://127.0.0.1:1")
+    assert result.exit_code == LOST_STATUS
+    assert "Error" not in result.output
 
 
 def test_a_bad_setting_is_named() -> None:

@@ -1,12 +1,15 @@
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mixfleet_broker.errors import ConfigError
 from mixfleet_broker.settings import Settings
+from mixfleet_engine.errors import ConfigError as EngineConfigError
 from mixfleet_worker.config import MODEL_NAME, engine_config, new_worker_id, worker_config
+from support.tiny_model import tiny_config, write_hf_checkpoint
 
 
 def test_the_model_is_called_as_its_directory(tmp_path: Path) -> None:
@@ -52,9 +55,19 @@ def test_a_simulated_worker_with_a_model_is_a_contradiction(tmp_path: Path) -> N
         worker_config(Settings(model_path=tmp_path), simulated=True)
 
 
-def test_more_than_one_device_is_refused_with_a_reason() -> None:
-    with pytest.raises(ConfigError, match=r"tp=2.*one device"):
+def test_a_simulated_engine_cannot_be_shared() -> None:
+    with pytest.raises(ConfigError, match="tp=2: a simulated engine is one process"):
         worker_config(Settings(), simulated=True, tp=2)
+
+
+def test_a_model_must_be_one_that_so_many_ranks_can_share(tmp_path: Path) -> None:
+    model = tiny_config(n_layers=1, n_heads=8, n_kv_heads=4, hidden_dim=192)
+    settings = Settings(model_path=write_hf_checkpoint(tmp_path / "tiny", model))
+    assert worker_config(settings, tp=4).model == "tiny"
+    with pytest.raises(EngineConfigError, match=r"tp=8: .*n_kv_heads=4.* work: 1, 2, 4$"):
+        worker_config(settings, tp=8)
+    with pytest.raises(EngineConfigError, match=r"tp=2: .* 64 inputs a rank.*int4.* work: 1$"):
+        worker_config(replace(settings, weight_dtype="int4"), tp=2)
 
 
 def test_worker_ids_are_unique_and_name_the_process() -> None:

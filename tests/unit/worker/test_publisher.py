@@ -1,3 +1,5 @@
+import pytest
+
 from mixfleet_broker.messages import JobEnd, TokenChunk, Usage
 from mixfleet_engine.detokenizer import AnswerText
 from mixfleet_engine.request import FinishReason, GenerateRequest, StepOutput
@@ -179,13 +181,22 @@ def test_a_completion_says_what_the_earlier_runs_delivered() -> None:
     assert write.end.usage == Usage(prompt_tokens=4, completion_tokens=9)
 
 
-def test_numbers_that_overflow_fail_their_job_with_what_was_said_so_far() -> None:
+@pytest.mark.parametrize(
+    ("reason", "code", "why"),
+    [
+        ("error", "engine_failed", "the model's numbers are not finite"),
+        ("deadline", "deadline_exceeded", "the job's time was over"),
+    ],
+)
+def test_an_answer_that_cannot_go_on_fails_with_what_was_said_so_far(
+    reason: FinishReason, code: str, why: str
+) -> None:
     publisher = Publisher()
     publisher.open(a_job())
     publish_one(publisher, tokens(b"ab"))
-    write = publish_one(publisher, tokens((), "error"))
+    write = publish_one(publisher, tokens((), reason))
     assert isinstance(write, EndWrite)
-    assert (write.chunk, write.end.state, write.end.code) == (None, "failed", "engine_failed")
+    assert (write.chunk, write.end.state, write.end.code) == (None, "failed", code)
     assert write.end.usage == Usage(prompt_tokens=3, completion_tokens=2)
-    assert write.end.message == "the model's numbers are not finite after 2 tokens"
+    assert write.end.message == f"{why} after 2 tokens"
     assert publisher.num_open == 0

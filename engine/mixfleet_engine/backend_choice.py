@@ -1,0 +1,58 @@
+"""Which back-end runs a model here: the setting ``backend`` on this device, in this dtype."""
+
+import logging
+
+import torch
+
+from mixfleet_engine.config import EngineConfig, ModelConfig
+from mixfleet_engine.errors import ConfigError, NativeUnavailableError
+from mixfleet_engine.ops.cpu import CpuOps
+from mixfleet_engine.ops.door import Backend
+from mixfleet_engine.ops.reference import ReferenceOps
+from mixfleet_engine.ops.torch_backend import TorchBackend
+
+logger = logging.getLogger(__name__)
+
+
+def choose_backend(
+    config: EngineConfig,
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    threads: int,
+) -> Backend:
+    """Return the back-end that ``config`` means.
+
+    ``auto`` on a CPU is the native one where it runs, else plain torch; the log says why.
+
+    Raises:
+        ConfigError: What was asked for by name does not run here.
+    """
+    name = config.backend
+    if name in ("cpu", "native") and device.type != "cpu":
+        raise ConfigError(f"backend={name!r}: does not run on device={str(device)!r}")
+    if name == "reference" or device.type != "cpu":
+        return TorchBackend(ReferenceOps())
+    if name == "cpu":
+        return TorchBackend(CpuOps(dtype))
+    try:
+        return _native(config, model, dtype, threads)
+    except NativeUnavailableError as error:
+        if name == "native":
+            raise ConfigError(f"backend='native': {error}") from error
+        logger.info("plain torch computes, for the native back-end is not available: %s", error)
+        return TorchBackend(CpuOps(dtype))
+
+
+def _native(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, threads: int) -> Backend:
+    # Imported here: other back-ends need no compiler.
+    from mixfleet_engine.ops.native.attention import check_cache, check_head_dim
+    from mixfleet_engine.ops.native.backend import NativeBackend
+    from mixfleet_engine.ops.native.library import load_native
+
+    check_head_dim(model.head_dim)
+    check_cache(dtype, config.block_size)
+    if config.weight_dtype == "fp8":
+        raise NativeUnavailableError("weight_dtype='fp8': it takes bf16, int8 and int4")
+    return NativeBackend(load_native(), threads)
