@@ -14,6 +14,8 @@ _NAME_REQUIREMENT: Final = (
     "must be 1 to 64 letters, digits, dots, dashes or underscores, and start with a letter or digit"
 )
 _BYTES_PER_GIB: Final = 1 << 30
+_MOST_GIB: Final = 1 << 30
+"""More than any machine has, and still a number of bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +147,8 @@ def gibibytes() -> Kind:
         number = _finite(value, "must be a number of GiB")
         if number * _BYTES_PER_GIB < 1:
             raise ValueError("must be more than 0")
+        if number > _MOST_GIB:
+            raise ValueError(f"must be at most {_MOST_GIB}")
         return number
 
     return Kind(metavar="GIB", read=read)

@@ -4,6 +4,7 @@ Under ``torchrun --nproc-per-node N`` the N processes share the model, and the f
 """
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TextIO, get_args
 
 from mixfleet_engine.chat_format import FORMATS, chat_format, default_format
-from mixfleet_engine.config import Backend, EngineConfig, WeightDtype
+from mixfleet_engine.config import Backend, EngineConfig, WeightDtype, checkpoint_layout
 from mixfleet_engine.door import GenerationEngine
 from mixfleet_engine.errors import EngineError
 from mixfleet_engine.generation import sampling_defaults
@@ -34,6 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(given)
     except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    except BrokenPipeError:  # `| head` has seen enough
+        # What is still in the buffer goes nowhere, or Python would complain about it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
     except KeyboardInterrupt:
@@ -65,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(given: argparse.Namespace) -> int:
+    checkpoint_layout(given.ckpt_dir)  # a wrong directory is found before anything is loaded
     tokenizer = load_tokenizer(given.tokenizer or given.ckpt_dir)
     found = None
     if not given.plain:

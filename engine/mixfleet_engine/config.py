@@ -71,8 +71,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in _POSITIVE_SIZES:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r}: must be a whole number, at least 1")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
                 f"n_heads={self.n_heads}: no multiple of n_kv_heads={self.n_kv_heads}"
@@ -235,6 +236,7 @@ class EngineConfig:
         for name in (*_OPTIONAL_COUNTS, "max_batch_size"):
             if getattr(self, name) is not None:
                 _check_at_least_one(name, getattr(self, name))
+        _check_threads(self.threads)
         if self.num_blocks is not None and self.kv_cache_bytes is not None:
             raise ConfigError(
                 f"num_blocks={self.num_blocks} and kv_cache_bytes={self.kv_cache_bytes}: set one"
@@ -267,12 +269,19 @@ class EngineConfig:
         return self.context_length
 
 
+_MOST_THREADS = 1024
+"""Systems refuse far more with less clear words, or none."""
 _OPTIONAL_COUNTS = ("num_blocks", "kv_cache_bytes", "context_length", "threads")
 
 
 def _check_at_least_one(name: str, value: int) -> None:
     if value < 1:
         raise ConfigError(f"{name}={value}: must be at least 1")
+
+
+def _check_threads(threads: int | None) -> None:
+    if threads is not None and threads > _MOST_THREADS:
+        raise ConfigError(f"threads={threads}: must be at most {_MOST_THREADS}")
 
 
 def _check_word(name: str, value: str, words: tuple[str, ...]) -> None:

@@ -168,7 +168,9 @@ class LocalChat:
         return GenerateRequest(
             request_id=_REQUEST_ID,
             prompt_token_ids=prompt.token_ids,
-            max_tokens=self._max_tokens or context_length - num_prompt,
+            max_tokens=context_length - num_prompt
+            if self._max_tokens is None
+            else self._max_tokens,
             stop_token_ids=prompt.stop_token_ids,
             sampling=replace(self._sampling, seed=seed),
         )

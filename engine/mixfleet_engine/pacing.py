@@ -17,14 +17,15 @@ from mixfleet_engine.step import StepPlan
 
 _CAUTIOUS_TOKENS = 128
 """Prefill tokens in a step with decodes as long as nobody knows what a prefill costs."""
-_ENOUGH_PREFILLS = 2
-"""So many steps with a prefill must have been measured before a prediction counts."""
+_ENOUGH_PREFILLS = 3
+"""So many steps with a prefill must have been measured before a prediction counts; the first is
+not learnt from."""
 _MEMORY = 0.98
 """What a step counts for after each later one of its kind: about 50 are remembered."""
 _OUTLIER = 3.0
 """A step counts less the more it is off by more than so many times what is usual."""
 _CHANGED = 3
-"""So many outliers in a row are no accident: the machine has changed, and they count in full."""
+"""So many outliers in a row are no accident: the machine has changed, and its past is forgotten."""
 _LEAST_NOISE = 0.02
 """Share of a step's time that is taken for usual even where measurements agree better."""
 _SWEEPS = 8
@@ -78,8 +79,9 @@ class StepLoad:
 class StepTimeModel:
     """Predicts the seconds of a step: least squares over the steps so far, old ones forgotten.
 
-    A step far off counts little, so that one hiccup of the machine does no harm; several in a row
-    count like any others, as then the machine has changed.
+    A step far off counts little, so that one hiccup of the machine does no harm; with several in a
+    row the machine has changed, and those before them are forgotten. The first step of each kind
+    counts nothing: it touches cold memory and is slow for reasons that do not come again.
     """
 
     def __init__(self) -> None:
@@ -87,7 +89,9 @@ class StepTimeModel:
         # Apart, so that what was learnt of prefills outlives a long time without any.
         self._seen = {prefills: _Seen(len(self._shares)) for prefills in (False, True)}
         self._usual_error_s = 0.0
+        self._num_learnt = 0
         self._num_outliers = 0
+        """In a row, up to now."""
 
     @property
     def usual_error_s(self) -> float:
@@ -105,8 +109,17 @@ class StepTimeModel:
 
     def learn(self, load: StepLoad, elapsed_s: float) -> None:
         """Take note of a step that took ``elapsed_s`` seconds."""
+        seen = self._seen[load.num_prefill_tokens > 0]
+        seen.num_steps += 1
+        if seen.num_steps == 1:
+            return
         weight = self._weight(elapsed_s, self.predict(load))
-        self._seen[load.num_prefill_tokens > 0].add(_features(load), elapsed_s, weight)
+        if self._num_outliers >= _CHANGED:
+            for kind in self._seen.values():
+                kind.forget()
+            self._num_outliers = 0
+        seen.add(_features(load), elapsed_s, weight)
+        self._num_learnt += 1
         self._fit()
 
     def prefill_tokens_within(
@@ -131,13 +144,12 @@ class StepTimeModel:
 
     def _weight(self, elapsed_s: float, predicted_s: float) -> float:
         """What a step counts for, by how far it is off; takes note of how far off is usual."""
-        num_before = sum(seen.num_steps for seen in self._seen.values())
-        if num_before == 0:
+        if self._num_learnt == 0:
             self._usual_error_s = elapsed_s
             return 1.0
         error_s = abs(elapsed_s - predicted_s)
         most_s = _OUTLIER * max(self._usual_error_s, _LEAST_NOISE * predicted_s, 1e-9)
-        rate = max(1 - _MEMORY, 1 / num_before)
+        rate = max(1 - _MEMORY, 1 / self._num_learnt)
         self._usual_error_s += rate * (min(error_s, most_s) - self._usual_error_s)
         self._num_outliers = self._num_outliers + 1 if error_s > most_s else 0
         if self._num_outliers >= _CHANGED:
@@ -164,18 +176,24 @@ class _Seen:
 
     def __init__(self, size: int) -> None:
         self.num_steps = 0
+        """All there were, learnt from or not."""
         self.products = [[0.0] * size for _ in range(size)]
         """Of every two features."""
         self.moments = [0.0] * size
         """Of every feature with the seconds."""
 
     def add(self, features: Row[float], elapsed_s: float, weight: float) -> None:
-        self.num_steps += 1
         for i, left in enumerate(features):
             self.moments[i] = _MEMORY * self.moments[i] + weight * left * elapsed_s
             row = self.products[i]
             for j, right in enumerate(features):
                 row[j] = _MEMORY * row[j] + weight * left * right
+
+    def forget(self) -> None:
+        """Start the sums anew."""
+        size = len(self.moments)
+        self.products = [[0.0] * size for _ in range(size)]
+        self.moments = [0.0] * size
 
 
 class StepBudget:

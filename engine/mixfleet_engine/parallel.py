@@ -198,13 +198,21 @@ def rank_device(name: str, local_rank: int) -> str:
     """Return the setting ``device`` of one rank, of the one that all ranks were given.
 
     Raises:
-        ConfigError: It names a single device.
+        ConfigError: It names a single device, or this machine has too few.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
         raise ConfigError(f"device={name!r}: tensor parallelism needs auto, cpu or cuda")
-    return f"cuda:{local_rank}" if name == "cuda" else "cpu"
+    if name == "cpu":
+        return name
+    num_devices = torch.cuda.device_count()
+    if local_rank >= num_devices:
+        raise ConfigError(
+            f"device='cuda': rank {local_rank} of this machine needs a device of its own, and the "
+            f"machine has {num_devices}"
+        )
+    return f"cuda:{local_rank}"
 
 
 def _store(rendezvous: Rendezvous, patience_s: float) -> Store:

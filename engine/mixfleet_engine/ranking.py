@@ -44,8 +44,7 @@ def argmax(logits: Tensor, maxima: Tensor) -> Tensor:
             as long as both passes here.
     """
     token_ids = _tokens_of(maxima.argmax(-1, keepdim=True))
-    # Beyond the end the last token comes again, after itself, so it never wins by that.
-    inside = logits.gather(1, token_ids.clamp_max(logits.shape[-1] - 1))
+    inside = _values_at(logits, token_ids)
     return token_ids.gather(1, inside.argmax(-1, keepdim=True))[:, 0]
 
 
@@ -70,9 +69,7 @@ def rank(logits: Tensor, maxima: Tensor, *, num_ranks: int, num_blocks: int) -> 
     numbers = torch.arange(maxima.shape[-1], device=logits.device)
     block_keys, blocks = _highest(_keys(maxima, numbers), num_blocks + 1)
     inside = _tokens_of(blocks[:, :-1, None]).flatten(1)
-    values = logits.gather(1, inside.clamp_max(vocab_size - 1))
-    if vocab_size % BLOCK:
-        values.masked_fill_(inside >= vocab_size, float("-inf"))
+    values = _values_at(logits, inside)
     keys, token_ids = _highest(_keys(values, inside), num_ranks)
     # Only a NaN can stand below what fills up the last block.
     token_ids.clamp_max_(vocab_size - 1)
@@ -87,15 +84,27 @@ def _tokens_of(blocks: Tensor) -> Tensor:
     return blocks * BLOCK + torch.arange(BLOCK, device=blocks.device)
 
 
+def _values_at(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """Return the logits of ``token_ids``, -inf beyond the last."""
+    vocab_size = logits.shape[-1]
+    if vocab_size % BLOCK == 0:
+        return logits.gather(1, token_ids)
+    values = logits.gather(1, token_ids.clamp_max(vocab_size - 1))
+    return values.masked_fill_(token_ids >= vocab_size, float("-inf"))
+
+
+def ordered_bits(values: Tensor) -> Tensor:
+    """Return 32-bit integers that compare as the fp32 ``values`` do."""
+    bits = (values + 0.0).view(torch.int32)  # -0 and 0 are equal, their bits are not
+    return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+
+
 def _keys(values: Tensor, numbers: Tensor) -> Tensor:
     """Return 64-bit integers ordered by value, fp32, and among equals by falling number.
 
-    The upper half holds the value's bits, turned so that they compare as the value does; the
-    number, below 2**31, is taken off.
+    The upper half holds the value's ordered bits; the number, below 2**31, is taken off.
     """
-    bits = (values + 0.0).view(torch.int32)  # -0 and 0 are equal, their bits are not
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.long() << 32) - numbers
+    return ordered_bits(values).long().bitwise_left_shift_(32).sub_(numbers)
 
 
 def _highest(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:

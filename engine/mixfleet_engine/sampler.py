@@ -11,12 +11,13 @@ everywhere.
 Shape letters: R rows, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from mixfleet_engine.filters import EFFORTS, UNSURE, draw_filtered, is_filtered
+from mixfleet_engine.filters import UNSURE, draw_filtered, draw_wide, is_filtered
 from mixfleet_engine.logprobs import token_logprobs
 from mixfleet_engine.penalties import Penalties
 from mixfleet_engine.ranking import argmax
@@ -49,17 +50,27 @@ class Sampler:
 
 def _choose(rows: SamplingRows) -> Tensor:
     """Return ``[R]`` token ids, with ``NO_TOKEN`` and ``UNSURE`` among them."""
-    chosen = argmax(rows.logits, rows.maxima)
-    warm = [row for row, p in enumerate(rows.params) if p.temperature > 0]
-    plain = [row for row in warm if not is_filtered(rows.params[row])]
-    filtered = [row for row in warm if is_filtered(rows.params[row])]
-    ways: list[tuple[list[int], Callable[[SamplingRows], Tensor]]]
-    ways = [(plain, _draw_plain), (filtered, draw_filtered)]
-    for numbers, way in ways:
-        if numbers:
+    ways = [_way(p) for p in rows.params]
+    chosen = torch.empty(len(ways), dtype=torch.int64, device=rows.logits.device)
+    for way in dict.fromkeys(ways):
+        numbers = [row for row, other in enumerate(ways) if other is way]
+        if len(numbers) == len(ways):
+            chosen = way(rows)
+        else:
             index = torch.tensor(numbers, device=chosen.device)
             chosen.index_copy_(0, index, way(rows.select(numbers)))
-    return chosen.masked_fill_(~rows.best[:, 0].isfinite(), NO_TOKEN)
+    # Neither infinity nor a NaN is below infinity.
+    return chosen.masked_fill_(~(rows.best[:, 0].abs() < math.inf), NO_TOKEN)
+
+
+def _way(params: SamplingParams) -> Callable[[SamplingRows], Tensor]:
+    if params.temperature == 0:
+        return _draw_best
+    return draw_filtered if is_filtered(params) else _draw_plain
+
+
+def _draw_best(rows: SamplingRows) -> Tensor:
+    return argmax(rows.logits, rows.maxima)
 
 
 def _draw_plain(rows: SamplingRows) -> Tensor:
@@ -69,11 +80,9 @@ def _draw_plain(rows: SamplingRows) -> Tensor:
 
 def _widened(rows: SamplingRows, token_ids: list[int]) -> list[int]:
     """Return ``token_ids`` with more effort spent on the rows that are ``UNSURE``."""
-    for effort in range(1, len(EFFORTS)):
-        unsure = [row for row, token_id in enumerate(token_ids) if token_id == UNSURE]
-        if not unsure:
-            break
-        found = draw_filtered(rows.select(unsure), effort).tolist()
+    unsure = [row for row, token_id in enumerate(token_ids) if token_id == UNSURE]
+    if unsure:
+        found = draw_wide(rows.select(unsure)).tolist()
         for row, token_id in zip(unsure, found, strict=True):
             token_ids[row] = token_id
     return token_ids

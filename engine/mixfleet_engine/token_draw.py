@@ -38,25 +38,60 @@ def total_weight(weights: Tensor) -> Tensor:
 def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     """Return ``[R]`` columns: the first at which the running sum passes the draw.
 
-    Block sums are run through first and one block after that, since a running sum over all of a
-    row is slow.
-
     Args:
         weights: ``[R, W]`` whole numbers, fp32.
         uniforms: ``[R, 1]`` fp64 in [0, 1).
     """
-    width = weights.shape[-1]
+    if weights.shape[-1] <= BLOCK:
+        running = weights.cumsum(-1, dtype=torch.float64)
+        place = torch.searchsorted(running, uniforms * running[:, -1:], right=True)
+        return place[:, 0].clamp_max_(weights.shape[-1] - 1)
     sums = _block_sums(weights)
     running = sums.cumsum(-1)
-    target = uniforms * running[:, -1:]
+    return _found(weights, sums, running, uniforms * running[:, -1:], right=True)[0][:, 0]
+
+
+def reach(weights: Tensor, wanted: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the columns ``[R, 1]`` at which the running sum reaches a sum, and the sum before.
+
+    Args:
+        weights: ``[R, W]`` whole numbers.
+        wanted: ``[R, 1]`` fp64.
+        before: ``[R, 1]`` what the running sum starts from.
+    """
+    sums = _block_sums(weights)
+    running = sums.cumsum(-1).add_(before)
+    return _found(weights, sums, running, wanted, right=False)
+
+
+def _found(
+    weights: Tensor, sums: Tensor, running: Tensor, target: Tensor, *, right: bool
+) -> tuple[Tensor, Tensor]:
+    """Return where the running sum is first at the target or, if ``right``, above it.
+
+    Block sums are run through first and one block after that, since a running sum over all of a
+    row is slow.
+
+    Args:
+        weights: ``[R, W]``.
+        sums: fp64, of each block of ``weights``.
+        running: fp64, their running sum.
+        target: ``[R, 1]`` fp64.
+        right: Above the target, not at it.
+
+    Returns:
+        The column and the running sum before it, both ``[R, 1]``.
+    """
+    width = weights.shape[-1]
     # The clamps are for rows of NaN, which have no answer but must not end the step.
-    block = torch.searchsorted(running, target, right=True).clamp_max_(sums.shape[-1] - 1)
-    # Beyond the end the last weight comes again, where the sum has passed the target already.
+    block = torch.searchsorted(running, target, right=right).clamp_max_(sums.shape[-1] - 1)
+    # Beyond the end the last weight comes again, where the sum has got to the target already.
     columns = (block * BLOCK + torch.arange(BLOCK, device=weights.device)).clamp_max_(width - 1)
     inside = weights.gather(1, columns).double()
-    before = running.gather(1, block) - sums.gather(1, block)
-    place = torch.searchsorted(inside.cumsum(-1).add_(before), target, right=True)
-    return (block * BLOCK + place)[:, 0].clamp_max_(width - 1)
+    within = inside.cumsum(-1).add_(running.gather(1, block) - sums.gather(1, block))
+    place = torch.searchsorted(within, target, right=right).clamp_max_(BLOCK - 1)
+    column = (block * BLOCK + place).clamp_max_(width - 1)
+    return column, within.gather(1, place) - inside.gather(1, place)
 
 
 def _block_sums(weights: Tensor) -> Tensor:

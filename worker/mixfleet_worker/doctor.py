@@ -71,7 +71,7 @@ def doctor(
     if as_json_text:
         click.echo(json.dumps(as_json(report), indent=2))
     else:
-        print_report(report, Console())
+        print_report(report, Console(markup=False))
 
 
 def find_model(name: str, data_dir: Path) -> tuple[str, ModelConfig]:
@@ -173,6 +173,7 @@ def _show_checks(found: list[Check], *, as_json_text: bool) -> None:
         table = Table(box=None, pad_edge=False, show_header=False)
         for check in found:
             table.add_row(check.state, check.name, check.text)
-        Console().print(table)
+        # A text may hold brackets that are no markup: mixfleet[worker].
+        Console(markup=False).print(table)
     if any(check.state == "problem" for check in found):
         click.get_current_context().exit(1)

@@ -186,7 +186,7 @@ def print_report(report: FitReport, console: Console) -> None:
     shown = [length for length in report.contexts if length <= model.context_length]
     if shown:
         console.print("Full sequences that fit at the same time, by KV dtype and context;")
-        console.print("no: the model itself does not fit.\n")
+        console.print("no: the model itself does not fit. No back-end has an fp8 KV cache yet.\n")
         console.print(_table(report, len(shown)))
     for length in report.contexts[len(shown) :]:
         console.print(f"{_tokens(length)}: longer than the model's context")

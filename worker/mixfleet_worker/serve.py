@@ -184,7 +184,7 @@ def _simulated_model(config: WorkerConfig, engine: EngineConfig) -> ServedModel:
         token_ids=words.word_ids,
         vocab_size=words.vocab_size,
         context_length=engine.context_length or 4096,
-        max_batch_size=engine.max_batch_size or SIMULATED_BATCH_SIZE,
+        max_batch_size=engine.max_batch_size or min(SIMULATED_BATCH_SIZE, engine.max_step_tokens),
         max_step_tokens=engine.max_step_tokens,
         answer_lengths=range(20, 61),
         step_s=config.simulated_step_s,

@@ -124,6 +124,7 @@ def test_every_setting_can_be_given_in_every_way(config_file: Path) -> None:
         ("lease_s", "0.5", "lease_s=0.5: must be at least 1"),
         ("stall_s", "0", "stall_s=0: must be more than 0"),
         ("kv_cache_gib", "0", "kv_cache_gib=0: must be more than 0"),
+        ("kv_cache_gib", "1e300", "kv_cache_gib=1e300: must be at most 1073741824"),
         ("dtype", "float8", "dtype=float8: must be one of auto, float32, bfloat16, float16"),
         ("device", "tpu", "device=tpu: must be auto, cpu, cuda or cuda:N"),
         ("model", "a/b", "model=a/b: must be 1 to 64 letters"),

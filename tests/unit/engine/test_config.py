@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,9 @@ def test_a_config_json_beside_consolidated_files_does_not_make_it_hugging_faces(
         ({"max_batch_size": 0}, "max_batch_size=0"),
         ({"num_blocks": 0}, "num_blocks=0"),
         ({"threads": -1}, "threads=-1"),
+        ({"threads": 100_000}, "threads=100000: must be at most 1024"),
+        ({"itl_target_s": math.inf}, "itl_target_s=inf"),
+        ({"weight_dtype": "int2"}, "weight_dtype='int2'"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"backend": "tpu"}, "backend='tpu'"),
         ({"device": "tpu"}, "device='tpu'"),
@@ -151,6 +155,12 @@ def test_a_config_json_beside_consolidated_files_does_not_make_it_hugging_faces(
 def test_impossible_settings_name_themselves(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         EngineConfig(**settings)
+
+
+@pytest.mark.parametrize("value", [math.inf, 32000.5, 0, "32000"])
+def test_sizes_are_whole_numbers(value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"vocab_size={value!r}: must be a whole number"):
+        tiny_config(vocab_size=value)
 
 
 def test_context_may_be_shorter_than_the_models_but_not_longer() -> None:

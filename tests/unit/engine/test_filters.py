@@ -1,4 +1,4 @@
-"""Filters with any effort against whole numbers in Python over a full sort, bit by bit."""
+"""Filters over few ranks and over everything against a full sort in whole numbers."""
 
 import math
 import random
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixfleet_engine.filters import EFFORTS, UNSURE, draw_filtered, is_filtered
+from mixfleet_engine.filters import UNSURE, draw_filtered, draw_wide, is_filtered
 from mixfleet_engine.request import SamplingParams
 from mixfleet_engine.sampling_rows import SamplingRows
 from mixfleet_engine.token_draw import token_weights
@@ -15,7 +15,6 @@ from mixfleet_engine.uniform import uniform
 from support.slow_sampler import slow_order
 
 VOCAB = 64 * 260 + 5
-LAST = len(EFFORTS) - 1
 
 
 def logits_of(kind: str, rows: int, seed: int = 0) -> Tensor:
@@ -25,6 +24,8 @@ def logits_of(kind: str, rows: int, seed: int = 0) -> Tensor:
         "peaked": normal * 5,
         "broad": normal,
         "flat": torch.zeros(rows, VOCAB),
+        "nearly flat": normal * 1e-3,
+        "heavy ties": normal.round(),
         "two levels": (normal > 1).float(),
         "bf16": (normal * 4).bfloat16().float(),
         "one spike": torch.zeros(rows, VOCAB).index_fill_(1, torch.tensor([4000]), 30.0),
@@ -79,15 +80,42 @@ def exact_token(rows: SamplingRows, row: int) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_effort_gives_the_token_of_a_full_sort_or_none(kind: str) -> None:
+def test_both_ways_give_the_token_of_a_full_sort(kind: str) -> None:
     rng = random.Random(kind)
     params = [random_filter(rng) for _ in range(16)]
     rows = SamplingRows.of(logits_of(kind, 16), params, list(range(16)))
     expected = [exact_token(rows, row) for row in range(16)]
-    for effort in range(len(EFFORTS)):
-        found = draw_filtered(rows, effort).tolist()
-        assert all(a in (b, UNSURE) for a, b in zip(found, expected, strict=True))
-    assert found == expected, "the last effort leaves nothing unsure"
+    few = draw_filtered(rows).tolist()
+    assert all(a in (b, UNSURE) for a, b in zip(few, expected, strict=True))
+    assert draw_wide(rows).tolist() == expected
+
+
+WIDE = [
+    {"top_p": 0.9},
+    {"top_p": 0.999999},
+    {"top_p": 0.5, "min_p": 0.05},
+    {"top_k": 4097},
+    {"top_k": 9000, "top_p": 0.7},
+    {"top_k": 12000, "top_p": 0.999999, "min_p": 1e-3},
+    {"top_k": VOCAB - 1},
+    {"top_p": 0.0},
+]
+
+
+@pytest.mark.parametrize("kind", ["broad", "nearly flat", "flat", "two levels", "heavy ties"])
+@pytest.mark.parametrize("num_rows", [1, 3, 8])
+def test_wide_rows_get_the_token_of_a_full_sort_in_any_batch(kind: str, num_rows: int) -> None:
+    logits = logits_of(kind, 8)
+    params = [
+        SamplingParams(temperature=0.7, seed=seed, **settings)  # type: ignore[arg-type]
+        for seed, settings in enumerate(WIDE)
+    ]
+    every = SamplingRows.of(logits, params, [9] * 8)
+    expected = [exact_token(every, row) for row in range(8)]
+    found = list[int]()
+    for first in range(0, 8, num_rows):
+        found += draw_wide(every.select(range(first, min(first + num_rows, 8)))).tolist()
+    assert found == expected
 
 
 @pytest.mark.parametrize(
@@ -107,13 +135,12 @@ def test_usual_settings_are_sure_at_the_first_effort(params: SamplingParams) -> 
     assert UNSURE not in draw_filtered(rows).tolist()
 
 
-@pytest.mark.parametrize("effort", range(len(EFFORTS)))
-def test_a_flat_row_is_told_only_where_its_ranks_suffice(effort: int) -> None:
-    params = [SamplingParams(temperature=1.0, top_k=k) for k in (64, 512, 4096, VOCAB)]
+def test_a_flat_row_is_told_only_where_its_ranks_suffice() -> None:
+    params = [SamplingParams(temperature=1.0, top_k=k) for k in (63, 64, 65, VOCAB)]
     params[-1] = SamplingParams(temperature=1.0, top_p=0.99)
     rows = SamplingRows.of(logits_of("flat", 4), params, [0] * 4)
-    unsure = [token == UNSURE for token in draw_filtered(rows, effort).tolist()]
-    assert unsure == [False, effort < 1, effort < 2, effort < LAST]
+    unsure = [token == UNSURE for token in draw_filtered(rows).tolist()]
+    assert unsure == [False, False, True, True]
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 3}, {"top_p": 3 / VOCAB - 1e-9}])
@@ -121,6 +148,7 @@ def test_ties_go_to_the_lower_ids(settings: dict[str, float]) -> None:
     params = [SamplingParams(temperature=1.0, seed=s, **settings) for s in range(60)]  # type: ignore[arg-type]
     rows = SamplingRows.of(logits_of("flat", 60), params, [0] * 60)
     assert set(draw_filtered(rows).tolist()) == {0, 1, 2}
+    assert set(draw_wide(rows).tolist()) == {0, 1, 2}
 
 
 def test_min_p_is_a_share_of_the_best_after_temperature() -> None:

@@ -55,6 +55,13 @@ def test_each_answer_has_a_seed_of_its_own() -> None:
     assert [request.sampling.seed for request in engine.requests] == [7, 8]
 
 
+def test_no_token_at_all_is_a_length_like_any_other() -> None:
+    engine = ScriptedEngine([answer("a")])
+    chat = LocalChat(engine, TOKENIZER, CHATML, sampling=SamplingParams(), max_tokens=0)
+    list(chat.ask("?"))
+    assert engine.requests[0].max_tokens == 0, "the engine itself refuses it"
+
+
 def test_a_plain_text_grows_without_any_format() -> None:
     engine = ScriptedEngine([answer(" upon a time"), answer(" a king")])
     chat = chat_with(engine, plain=True)

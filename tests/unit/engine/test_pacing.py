@@ -66,6 +66,27 @@ def test_a_linear_machine_is_learnt_exactly() -> None:
     assert worst_error(taught(400)) < 0.02
 
 
+@pytest.mark.parametrize("first_s", [0.5, 5.0, 60.0])
+def test_a_slow_first_step_says_nothing_of_the_others(first_s: float) -> None:
+    model = StepTimeModel()
+    steps = loads(120)
+    seen: set[bool] = set()
+    for load in steps:
+        prefills = load.num_prefill_tokens > 0
+        model.learn(load, linear(load) if prefills in seen else first_s)
+        seen.add(prefills)
+    assert worst_error(model) < 0.1
+
+
+def test_a_machine_that_stalled_for_some_steps_is_soon_itself_again() -> None:
+    model = taught(100)
+    for load in loads(4, seed=4):
+        model.learn(load, 3600.0)
+    for load in loads(40, seed=5):
+        model.learn(load, linear(load))
+    assert worst_error(model) < 0.2
+
+
 def test_noise_is_averaged_out() -> None:
     assert worst_error(taught(400, noise=0.1)) < 0.15
 

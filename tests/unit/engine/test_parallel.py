@@ -66,7 +66,6 @@ def test_a_port_that_somebody_has_is_named(taken_port: int) -> None:
         ("auto", False, "cpu"),
         ("auto", True, "cuda:3"),
         ("cuda", True, "cuda:3"),
-        ("cuda", False, "cuda:3"),  # which the loader refuses with the number of devices
         ("cpu", True, "cpu"),
     ],
 )
@@ -74,7 +73,16 @@ def test_each_rank_has_the_device_of_its_number(
     setting: str, has_cuda: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert rank_device(setting, 3) == device
+
+
+def test_a_rank_without_a_device_is_refused_with_the_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"rank 2 of this machine .* the machine has 2"):
+        rank_device("cuda", 2)
 
 
 def test_one_device_cannot_be_everybodys() -> None:

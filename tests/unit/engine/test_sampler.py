@@ -240,7 +240,7 @@ def test_a_bias_bans_and_forces_tokens() -> None:
 
 @pytest.mark.parametrize("num_rows", [2, 8])
 def test_wide_and_narrow_rows_go_together(num_rows: int) -> None:
-    """A flat row needs a full sort, a peaked one does not; each gets its token alike."""
+    """A flat row needs the whole vocabulary, a peaked one does not; each gets its token alike."""
     logits = torch.randn(num_rows, 20_000, generator=torch.Generator().manual_seed(0))
     logits[::2] *= 6
     params = [SamplingParams(temperature=1.0, top_p=0.95, seed=s) for s in range(num_rows)]

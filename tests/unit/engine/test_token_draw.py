@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixfleet_engine.token_draw import draw, token_weights, total_weight
+from mixfleet_engine.token_draw import draw, reach, token_weights, total_weight
 from mixfleet_engine.uniform import uniform
 
 
@@ -59,6 +59,22 @@ def test_the_ends_of_the_range_give_the_first_and_last_weight() -> None:
 def test_a_draw_on_an_edge_goes_to_the_upper_side() -> None:
     weights = torch.ones(4, 4)
     assert draw(weights, column([0.0, 0.25, 0.5, 0.75])).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("width", [1, 64, 65, 1000])
+def test_a_sum_is_reached_at_the_column_of_a_walk(width: int) -> None:
+    weights = random_weights(20, width)
+    weights[:, 0].clamp_min_(1)
+    start = column([float(row) for row in range(20)])
+    wanted = start + (total_weight(weights) * column([(row + 1) / 20 for row in range(20)])).ceil()
+    places, before = reach(weights, wanted, start)
+    for row in range(20):
+        place, running = (
+            int(places[row]),
+            float(row) + sum(weights[row, : int(places[row])].tolist()),
+        )
+        assert before[row].item() == running
+        assert running < wanted[row].item() <= running + weights[row, place].item()
 
 
 def test_columns_without_weight_change_nothing() -> None:

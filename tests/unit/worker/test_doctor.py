@@ -187,6 +187,11 @@ def test_checks_are_a_line_each_for_people(run: CliRun) -> None:
     assert names == list(checks_of(run("--json")))
 
 
+def test_brackets_of_a_text_are_shown(run: CliRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_module, "which", {"cc": "/opt/[worker]/cc"}.get)
+    assert "/opt/[worker]/cc" in run().stdout
+
+
 @pytest.mark.parametrize(
     ("installed", "state", "text"),
     [({"gcc": "/bin/gcc"}, "ok", "/bin/gcc"), ({}, "note", "none of cc, gcc, clang")],

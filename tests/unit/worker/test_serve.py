@@ -48,6 +48,11 @@ def test_a_simulated_model_speaks_words_without_any_checkpoint() -> None:
     assert len(text.split()) == 5
 
 
+def test_a_simulated_engine_without_a_batch_size_fits_its_step() -> None:
+    small = EngineConfig(max_batch_size=None, max_step_tokens=4, context_length=100)
+    assert load_model(SIMULATED, small).engine.free_slots == 4
+
+
 def test_a_simulated_model_says_so_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     load_model(SIMULATED, ENGINE)
     assert "simulated engine: answers are random words, no model is loaded" in caplog.messages
