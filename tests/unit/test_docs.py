@@ -75,3 +75,21 @@ def test_the_figures_in_the_readme_are_those_of_the_benchmark() -> None:
     readme = (ROOT / "README.md").read_text()
     for row in result["rows"]:
         assert f"{row['ratio']:.2f} times" in readme
+
+
+@pytest.mark.parametrize(
+    ("shown", "engine"),
+    [
+        ("mixfleet bf16", "mixfleet auto:bf16"),
+        ("mixfleet int8", "mixfleet auto:int8"),
+        ("mixfleet int4", "mixfleet auto:int4"),
+        ("llama.cpp bf16", "llama_cpp bf16"),
+        ("llama.cpp Q4_0", "llama_cpp q4_0"),
+    ],
+)
+def test_the_engines_in_the_readme_are_those_of_the_benchmark(shown: str, engine: str) -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "engine.json").read_text())
+    figures = result["models"]["demo"]["engines"][engine]
+    rates = [figures["decode"][batch]["tokens_per_s"] for batch in ("1", "8", "32")]
+    cells = [f"{rate:.0f}" for rate in (figures["prefill_tokens_per_s"], *rates)]
+    assert f"| {shown} | {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
