@@ -1,9 +1,9 @@
 """A job's channel: one Redis stream, written by its runs in turn and read by anybody.
 
 An event's id is ``<run>-<tokens so far>``. Redis refuses an id that is not above all others, so
-neither a worker that has lost the job to another nor a retry can say anything twice; and it is
-the number from which a reader goes on. (Between a reap and the next claim a chunk of the lost run
-may still arrive: it goes on where that run stopped, and the next run goes on after it.)
+neither a worker that has lost the job nor a retry can say anything twice; and it is the number
+from which a reader goes on. Whoever takes a job from a worker says so in the channel, under a new
+run number: from that event on the worker is fenced.
 """
 
 import re
@@ -27,7 +27,7 @@ MAX_EVENTS_PER_READ: Final = 512
 _EVENT_ID: Final = re.compile(r"(\d{1,15})-(\d{1,15})")
 
 
-def append_chunk(redis: Redis | Pipeline, lease: Lease, chunk: TokenChunk) -> Any:
+def append_chunk(redis: Redis | Pipeline, lease: Lease, chunk: TokenChunk, prefix: str = "") -> Any:
     """Append the next piece of an answer; on a pipeline the command only waits there.
 
     Returns:
@@ -38,7 +38,8 @@ def append_chunk(redis: Redis | Pipeline, lease: Lease, chunk: TokenChunk) -> An
     if not chunk.token_ids:
         raise MessageError("chunk: without tokens it can only be the last, with the job's end")
     fields: dict[Any, Any] = {"k": TOKENS, "d": encode_chunk(chunk)}
-    return redis.xadd(CHANNEL(lease.job_id), fields, id=chunk_id(lease, chunk), nomkstream=True)
+    key = CHANNEL(lease.job_id, prefix=prefix)
+    return redis.xadd(key, fields, id=chunk_id(lease, chunk), nomkstream=True)
 
 
 def chunk_id(lease: Lease, chunk: TokenChunk) -> str:
@@ -47,7 +48,7 @@ def chunk_id(lease: Lease, chunk: TokenChunk) -> str:
 
 
 def read_events(
-    redis: Redis, job_id: str, after: str = FIRST, block_s: float = 0.0
+    redis: Redis, job_id: str, after: str = FIRST, block_s: float = 0.0, *, prefix: str = ""
 ) -> list[tuple[str, JobEvent]]:
     """Return the events after one, in order; an empty list if none came in time.
 
@@ -56,6 +57,7 @@ def read_events(
         job_id: The job; it need not have started, nor exist.
         after: Id of the last event that was read, :data:`FIRST` for none.
         block_s: How long to wait for the first; 0 does not wait.
+        prefix: Before all keys.
 
     Raises:
         MessageError: ``after`` is no event id, or an event is not of the schema.
@@ -66,19 +68,21 @@ def read_events(
     block_ms = max(1, round(block_s * 1000)) if block_s > 0 else None
     with redis_errors():
         reply = redis.xread(
-            {CHANNEL(check_job_id(job_id)): after}, count=MAX_EVENTS_PER_READ, block=block_ms
+            {CHANNEL(check_job_id(job_id), prefix=prefix): after},
+            count=MAX_EVENTS_PER_READ,
+            block=block_ms,
         )
     return [_decode(entry) for entry in _entries(reply)]
 
 
-def delivered_tokens(redis: Redis, job_id: str) -> tuple[int, ...]:
+def delivered_tokens(redis: Redis, job_id: str, *, prefix: str = "") -> tuple[int, ...]:
     """Return the token ids of all chunks so far, which a next run goes on after.
 
     Raises:
         MessageError: A chunk is not of the schema, or does not follow the one before.
     """
     token_ids: list[int] = []
-    for _, event in _all_events(redis, job_id):
+    for _, event in _all_events(redis, job_id, prefix):
         if not isinstance(event, TokenChunk):
             continue
         if event.num_tokens != len(token_ids) + len(event.token_ids):
@@ -90,19 +94,19 @@ def delivered_tokens(redis: Redis, job_id: str) -> tuple[int, ...]:
     return tuple(token_ids)
 
 
-def ended(redis: Redis, job_id: str) -> JobEnd | None:
+def ended(redis: Redis, job_id: str, *, prefix: str = "") -> JobEnd | None:
     """Return how the job ended; None when its channel has no end, or is not there."""
     with redis_errors():
-        entries = redis.xrevrange(CHANNEL(check_job_id(job_id)), count=1)
+        entries = redis.xrevrange(CHANNEL(check_job_id(job_id), prefix=prefix), count=1)
     if not entries:
         return None
     _, event = _decode(entries[0])
     return event if isinstance(event, JobEnd) else None
 
 
-def _all_events(redis: Redis, job_id: str) -> Iterable[tuple[str, JobEvent]]:
+def _all_events(redis: Redis, job_id: str, prefix: str) -> Iterable[tuple[str, JobEvent]]:
     with redis_errors():
-        entries = redis.xrange(CHANNEL(check_job_id(job_id)))
+        entries = redis.xrange(CHANNEL(check_job_id(job_id), prefix=prefix))
     return [_decode(entry) for entry in entries or ()]
 
 

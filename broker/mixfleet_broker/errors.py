@@ -9,9 +9,13 @@
     ├── BrokerError
     │   ├── BrokerUnavailableError  no Redis answers (retryable)
     │   ├── BrokerFullError         Redis is out of memory; nothing was written (retryable)
+    │   ├── NotDurableError         queued, and not yet on disk or replica (retryable)
     │   ├── QueueFullError          the queue is at its limit (retryable)
+    │   │   └── TenantQueueFullError   the tenant's share of it is (retryable)
+    │   ├── DeadlineUnreachableError   the job would start too late; nothing was written
     │   ├── JobConflictError        the job id is taken by a different job
     │   ├── UnknownJobError         no such job, or its time to live is over
+    │   ├── UnknownWorkerError      no such worker lives
     │   └── UnknownModelError       no model given and none, or several, to choose from
     └── JobError                    the job ended without a full answer
         ├── JobRejectedError        the job itself cannot run
@@ -93,17 +97,82 @@ class BrokerFullError(BrokerError):
     retryable = True
 
 
+class NotDurableError(BrokerError):
+    """The job is queued, but no disk or replica has confirmed it. Submit the same job again."""
+
+    code = "not_durable"
+    retryable = True
+
+    def __init__(self, *, job_id: str, durability: str, waited_s: float) -> None:
+        whom = "the disk" if durability == "fsync" else "a replica"
+        super().__init__(f"job {job_id}: {whom} has not confirmed it within {waited_s:g} s")
+        self.job_id = job_id
+        self.durability = durability
+        self.waited_s = waited_s
+
+
 class QueueFullError(BrokerError):
-    """The queue is at its limit. Nothing was written."""
+    """The queue is at its limit of jobs or tokens. Nothing was written."""
 
     code = "queue_full"
     retryable = True
 
-    def __init__(self, *, model: str, depth: int, limit: int) -> None:
-        super().__init__(f"the queue of {model} is full: {depth} jobs wait, the limit is {limit}")
+    def __init__(
+        self,
+        *,
+        model: str,
+        depth: int,
+        limit: int,
+        unit: str = "jobs",
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(
+            f"the queue of {model} is full: {depth} {unit} wait, the limit is {limit}"
+            f"{_again(retry_after_s)}"
+        )
         self.model = model
+        self.unit = unit
         self.depth = depth
         self.limit = limit
+        self.retry_after_s = retry_after_s
+
+
+class TenantQueueFullError(QueueFullError):
+    """The tenant has as many jobs or tokens waiting as it may. Nothing was written."""
+
+    code = "tenant_queue_full"
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        tenant: str,
+        depth: int,
+        limit: int,
+        unit: str = "jobs",
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(
+            model=model, depth=depth, limit=limit, unit=unit, retry_after_s=retry_after_s
+        )
+        self.args = (
+            f"{depth} {unit} of {tenant} wait in the queue of {model}, the limit is {limit}"
+            f"{_again(retry_after_s)}",
+        )
+        self.tenant = tenant
+
+
+class DeadlineUnreachableError(BrokerError):
+    """The job would start later than it may. Nothing was written."""
+
+    code = "deadline_unreachable"
+
+    def __init__(self, *, eta_s: float, within_s: float) -> None:
+        super().__init__(
+            f"the job would start in about {eta_s:.1f} s, and it was to be within {within_s:g} s"
+        )
+        self.eta_s = eta_s
+        self.within_s = within_s
 
 
 class JobConflictError(BrokerError):
@@ -124,6 +193,16 @@ class UnknownJobError(BrokerError):
     def __init__(self, *, job_id: str) -> None:
         super().__init__(f"no job {job_id}: it never existed, or it ended too long ago")
         self.job_id = job_id
+
+
+class UnknownWorkerError(BrokerError):
+    """No such worker lives."""
+
+    code = "unknown_worker"
+
+    def __init__(self, *, worker_id: str) -> None:
+        super().__init__(f"no worker {worker_id} lives: `mixfleet worker ls` lists those that do")
+        self.worker_id = worker_id
 
 
 class UnknownModelError(BrokerError):
@@ -218,6 +297,10 @@ class StreamTimeoutError(JobError):
         super().__init__(f"job {job_id}: no {what} within {limit_s:g} s", job_id=job_id)
         self.what = what
         self.limit_s = limit_s
+
+
+def _again(retry_after_s: float | None) -> str:
+    return "" if retry_after_s is None else f"; try again in {retry_after_s:.0f} s"
 
 
 def error_from_end(end: "JobEnd", *, job_id: str | None = None) -> JobError:

@@ -13,6 +13,8 @@ from mixfleet_broker.messages import (
     FinishReason,
     JobEnd,
     JobEvent,
+    Requeued,
+    RequeueReason,
     RunStarted,
     TokenChunk,
     Usage,
@@ -22,6 +24,7 @@ from mixfleet_broker.schema import Fields, integer, items
 
 RUN_STARTED: Final = "a"
 TOKENS: Final = "t"
+REQUEUED: Final = "q"
 END: Final = "e"
 
 MAX_REASON_CHARACTERS: Final = 2000
@@ -79,7 +82,7 @@ def decode_event(kind: str, run: int, num_tokens: int, data: bytes) -> JobEvent:
     """Return one event of a channel.
 
     Args:
-        kind: ``a`` run started, ``t`` tokens, ``e`` end.
+        kind: ``a`` run started, ``t`` tokens, ``q`` queued again, ``e`` end.
         run: The first half of the event's id.
         num_tokens: The second half: tokens of the answer so far.
         data: The body.
@@ -95,6 +98,8 @@ def decode_event(kind: str, run: int, num_tokens: int, data: bytes) -> JobEvent:
         return RunStarted(run=run, worker_id=worker_id, num_tokens=num_tokens)
     if kind == TOKENS:
         return _read_chunk(value, num_tokens)
+    if kind == REQUEUED:
+        return _read_requeued(value, num_tokens)
     if kind == END:
         return _read_end(value)
     raise MessageError(f"channel: unknown kind of event {kind[:20]!r}")
@@ -108,6 +113,17 @@ def _read_chunk(value: object, num_tokens: int) -> TokenChunk:
     if len(token_ids) > num_tokens:
         raise MessageError(f"chunk: {len(token_ids)} new tokens in an answer of {num_tokens}")
     return TokenChunk(num_tokens=num_tokens, text=chunk_text, token_ids=token_ids)
+
+
+def _read_requeued(value: object, num_tokens: int) -> Requeued:
+    fields = Fields(value, "requeued")
+    word = fields.text("r")
+    fields.done()
+    for known in get_args(RequeueReason):
+        if word == known:
+            reason: RequeueReason = known
+            return Requeued(num_tokens=num_tokens, reason=reason)
+    raise MessageError(f"requeued.r={word[:20]!r}: must be one of {get_args(RequeueReason)}")
 
 
 def _read_end(value: object) -> JobEnd:

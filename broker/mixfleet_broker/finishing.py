@@ -1,17 +1,15 @@
 """The arguments and the reply of the script that ends a job from inside."""
 
-import base64
-import zlib
-
 from mixfleet_broker.errors import BrokerError, MessageError
 from mixfleet_broker.event_codec import encode_chunk, encode_end, with_bounded_message
 from mixfleet_broker.lua import Argument
 from mixfleet_broker.messages import JobEnd, TokenChunk
 from mixfleet_broker.records import Lease
+from mixfleet_broker.terms import QueueRules
 
 
 def finish_args(
-    lease: Lease, end: JobEnd, chunk: TokenChunk | None, *, result_ttl_s: int, failure_ttl_s: int
+    lease: Lease, end: JobEnd, chunk: TokenChunk | None, rules: QueueRules
 ) -> tuple[Argument, ...]:
     """Return ARGV of ``finish.lua`` from the second on.
 
@@ -31,9 +29,8 @@ def finish_args(
         b"" if chunk is None else encode_chunk(chunk),
         0 if chunk is None else chunk.num_tokens,
         0 if chunk is None else len(chunk.token_ids),
-        result_ttl_s,
-        failure_ttl_s,
-        exc_string(end),
+        rules.result_ttl,
+        rules.failure_ttl,
         end.finish_reason or "",
         0 if usage is None else usage.prompt_tokens,
         0 if usage is None else usage.completion_tokens,
@@ -49,10 +46,3 @@ def finish_outcome(reply: object) -> bool:
     if not isinstance(reply, int):
         raise BrokerError(f"finish: unexpected reply {reply!r:.200}")
     return reply == 1
-
-
-def exc_string(end: JobEnd) -> bytes:
-    """Return the reason of a failure in the form that rq's tools show."""
-    if end.state != "failed":
-        return b""
-    return base64.b64encode(zlib.compress(f"{end.code}: {end.message or ''}".encode()))

@@ -11,11 +11,14 @@ from mixfleet_broker.channel import append_chunk, chunk_id
 from mixfleet_broker.errors import MessageError
 from mixfleet_broker.event_codec import encode_chunk
 from mixfleet_broker.finishing import finish_outcome
-from mixfleet_broker.keys import QUEUE
+from mixfleet_broker.keys import CONTROL
 from mixfleet_broker.messages import JobEnd, TokenChunk
 from mixfleet_broker.queue import JobQueue
 from mixfleet_broker.records import Lease
 from mixfleet_broker.redis_errors import is_out_of_memory, raise_ours, redis_errors
+
+MAX_WORDS: Final = 256
+"""Words fetched at a time."""
 
 
 class WriteOutcome(StrEnum):
@@ -38,6 +41,8 @@ class FlushResult:
     outcomes: tuple[WriteOutcome, ...]
     num_queued: int
     """Jobs that wait in the queue now."""
+    words: tuple[str, ...] = ()
+    """What somebody had to tell the worker, see the key ``control``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +60,12 @@ class Flush:
 
     Args:
         queue: The queue whose jobs are written.
+        worker_id: Whose words are fetched along; None fetches none.
     """
 
-    def __init__(self, queue: JobQueue) -> None:
+    def __init__(self, queue: JobQueue, worker_id: str | None = None) -> None:
         self._queue = queue
+        self._worker_id = worker_id
         self._writes: dict[str, _Write] = {}
 
     def __len__(self) -> int:
@@ -85,16 +92,24 @@ class Flush:
                 if write.end is not None:
                     self._queue.finish_on(pipeline, write.lease, write.end, write.chunk)
                 elif write.chunk is not None:
-                    append_chunk(pipeline, write.lease, write.chunk)
-            pipeline.llen(QUEUE(self._queue.model))
-            *replies, num_queued = pipeline.execute(raise_on_error=False)
+                    append_chunk(pipeline, write.lease, write.chunk, self._queue.prefix)
+            self._queue.ask_depth(pipeline)
+            if self._worker_id is not None:
+                control = CONTROL(self._worker_id, prefix=self._queue.prefix)
+                pipeline.lpop(control, MAX_WORDS)
+            replies = pipeline.execute(raise_on_error=False)
+        listed, cancelled, *rest = replies[len(self._writes) :]
         outcomes = [
             self._outcome(write, reply)
-            for write, reply in zip(self._writes.values(), replies, strict=True)
+            for write, reply in zip(self._writes.values(), replies, strict=False)
         ]
-        if isinstance(num_queued, Exception):
-            raise_ours(num_queued)
-        return FlushResult(outcomes=tuple(outcomes), num_queued=num_queued)
+        for reply in (listed, cancelled, *rest):
+            if isinstance(reply, Exception):
+                raise_ours(reply)
+        words = [word.decode() for found in rest for word in found or ()]
+        return FlushResult(
+            outcomes=tuple(outcomes), num_queued=listed - cancelled, words=tuple(words)
+        )
 
     def _add(self, write: _Write) -> None:
         job_id = write.lease.job_id

@@ -2,11 +2,16 @@
 
 Keys that start with ``rq:`` are rq's own layout, so that its tools see and feed the queue; keys
 that start with ``mixfleet:`` are ours. The scripts get the same names: :func:`lua_key_table`
-writes them as Lua.
+writes them as Lua. On a server that is shared with others a prefix stands before all of them.
 
 The fields of a job's hash are rq's own and ours, which start with ``mf_``: ``mf_request`` (the
-message, msgpack), ``mf_sum`` (its SHA-256), ``mf_tenant``, ``mf_score`` (its place in the order),
-``mf_token`` (of the run that holds it, or that ended it), ``mf_attempt`` and ``mf_losses``.
+message, msgpack), ``mf_sum`` (its SHA-256), ``mf_bytes`` (of its prompt), ``mf_tenant``,
+``mf_class``, ``mf_cost`` and ``mf_answer`` (tokens expected in all and of the answer), ``mf_score``
+(its place in the order), ``mf_place`` (its number in rq's list while it waits), ``mf_at``,
+``mf_start_by`` and ``mf_end_by`` (submit and deadlines, ms of Redis's clock), ``mf_attended``
+(1 if it ends with its reader, 2 if that one was missed once), ``mf_token`` (of the run that holds
+it, or that ended it), ``mf_solo`` (1 if that run is alone on its worker), ``mf_attempt``,
+``mf_losses`` and ``mf_history`` (runs that did not end it, msgpack).
 """
 
 import re
@@ -18,6 +23,8 @@ from mixfleet_broker.errors import MessageError
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _FIELD: Final = re.compile(r"\{(\w+)\}")
+PREFIX: Final = re.compile(r"[A-Za-z0-9_.:{}-]{0,64}")
+"""What may stand before all keys: what rq 3 takes for ``RQ_KEY_PREFIX``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,12 +43,12 @@ class Key:
     """When it goes away."""
     meaning: str
 
-    def __call__(self, *names: str) -> str:
-        """Return the key with its fields filled in, in order."""
+    def __call__(self, *names: str, prefix: str = "") -> str:
+        """Return the key with its fields filled in, in order, behind the server's prefix."""
         if len(names) != self.num_fields:
             raise TypeError(f"key {self.name} takes {self.num_fields} names, got {len(names)}")
         parts = iter(names)
-        return _FIELD.sub(lambda _: next(parts), self.template)
+        return prefix + _FIELD.sub(lambda _: next(parts), self.template)
 
     @property
     def num_fields(self) -> int:
@@ -65,7 +72,7 @@ QUEUE: Final = Key(
     type="list",
     writers="submit, claim, reap, cancel; rq producers",
     lifetime="while a job is queued",
-    meaning="mirror of the order for rq's tools, and the inbox of rq producers; its length is the "
+    meaning="mirror of who waits for rq's tools, and the inbox of rq producers; its length is the "
     "queue's depth",
 )
 WIP: Final = Key(
@@ -126,7 +133,7 @@ RESULTS: Final = Key(
     type="stream",
     writers="finish, reap",
     lifetime="as the job's hash",
-    meaning="outcome for rq's tools; holds the answer only of a job from an rq producer",
+    meaning="outcome for rq's tools: why a job failed, and the answer of a job from an rq producer",
 )
 EXECUTION: Final = Key(
     name="execution",
@@ -183,17 +190,106 @@ READY: Final = Key(
     name="ready",
     template="mixfleet:ready:{model}",
     type="zset",
+    writers="submit, claim, reap, cancel, requeue",
+    lifetime="while a job is queued",
+    meaning="the true order of queued jobs: class * 1e12 + the fair queue's tag",
+)
+SUSPECTS: Final = Key(
+    name="suspects",
+    template="mixfleet:suspects:{model}",
+    type="zset",
+    writers="reap, claim, cancel",
+    lifetime="while a job is queued",
+    meaning="queued jobs to be run alone, as each may have killed workers; by ms since when",
+)
+QUARANTINE: Final = Key(
+    name="quarantine",
+    template="mixfleet:quarantine:{model}",
+    type="string",
+    writers="claim",
+    lifetime="2 leases",
+    meaning="the worker that takes no more jobs until it has none, to run a suspect",
+)
+WAITING: Final = Key(
+    name="waiting",
+    template="mixfleet:waiting:{model}",
+    type="hash",
+    writers="submit, claim, reap, cancel, requeue",
+    lifetime="a field as long as its job is queued",
+    meaning="every queued job: class, tokens expected, of them of the answer, tenant",
+)
+LOADS: Final = Key(
+    name="loads",
+    template="mixfleet:loads:{model}",
+    type="hash",
+    writers="submit, claim, reap, cancel, requeue",
+    lifetime="a field as long as it is above 0",
+    meaning="sums over waiting: tokens, answers, and jobs:<tenant>, tokens:<tenant>",
+)
+TAGS: Final = Key(
+    name="tags",
+    template="mixfleet:tags:{model}:{klass}",
+    type="zset",
+    writers="submit, claim, finish, reap, requeue",
+    lifetime="while a job is queued; a tenant that owes nothing is trimmed",
+    meaning="the fair queue of one class: where each tenant's next job begins, and the virtual "
+    "time under the empty name",
+)
+WEIGHTS: Final = Key(
+    name="weights",
+    template="mixfleet:weights",
+    type="hash",
+    writers="`mixfleet queue weight`",
+    lifetime="for ever, as the operator says",
+    meaning="shares of tenants that are not 1",
+)
+AGEING: Final = Key(
+    name="ageing",
+    template="mixfleet:ageing:{model}",
+    type="zset",
     writers="submit, claim, reap, cancel",
     lifetime="while a job is queued",
-    meaning="the true order of queued jobs: class * 1e12 + sequence",
+    meaning="queued jobs by the ms at which they move up a class",
 )
-SEQUENCE: Final = Key(
-    name="sequence",
-    template="mixfleet:sequence:{model}",
+DEADLINES: Final = Key(
+    name="deadlines",
+    template="mixfleet:deadlines:{model}",
+    type="zset",
+    writers="submit, claim, finish, reap, cancel",
+    lifetime="until the job has ended",
+    meaning="jobs by the ms at which their time is over",
+)
+RATES: Final = Key(
+    name="rates",
+    template="mixfleet:rates:{model}",
+    type="hash",
+    writers="finish",
+    lifetime="7 days after the last finished job",
+    meaning="means over finished jobs: service_ms, answer_tokens, bytes_per_token; samples",
+)
+CAPACITY: Final = Key(
+    name="capacity",
+    template="mixfleet:capacity:{model}",
+    type="hash",
+    writers="beat; trimmed by reap",
+    lifetime="1 day after the last beat",
+    meaning="by worker: the jobs that it takes at once, and the ms until which it counts as alive",
+)
+LIST_BASE: Final = Key(
+    name="list_base",
+    template="mixfleet:list_base:{model}",
     type="string",
-    writers="submit, claim",
-    lifetime="for ever, one number per model",
-    meaning="the last number given to a queued job",
+    writers="submit, claim, reap, cancel, requeue",
+    lifetime="while a job is queued",
+    meaning="the number of the head of rq's list, see scripts/parts/mirror.lua",
+)
+UNLISTED: Final = Key(
+    name="unlisted",
+    template="mixfleet:unlisted:{model}",
+    type="set",
+    writers="cancel; swept by claim and reap",
+    lifetime="until somebody who may has swept it",
+    meaning="cancelled jobs that are still in rq's list: their client may not touch it",
 )
 LEASES: Final = Key(
     name="leases",
@@ -217,8 +313,8 @@ CHANNEL: Final = Key(
     type="stream",
     writers="claim, append (channel.py and append.lua), finish, reap, cancel",
     lifetime="2 h after the last renewal; after the end the result's",
-    meaning="the answer: entries k (a: run started, t: tokens, e: end) and d (msgpack), ids "
-    "<run>-<tokens so far>",
+    meaning="the answer: entries k (a: run started, t: tokens, q: queued again, e: end) and d "
+    "(msgpack), ids <run>-<tokens so far>",
 )
 BELL: Final = Key(
     name="bell",
@@ -227,6 +323,30 @@ BELL: Final = Key(
     writers="submit, claim, reap; popped by waiting workers",
     lifetime="1 h after the last ring; at most 64 elements",
     meaning="wakes idle workers; a lost ring costs a moment, never a job",
+)
+READER: Final = Key(
+    name="reader",
+    template="mixfleet:reader:{job_id}",
+    type="string",
+    writers="submit; the reader renews it (attendance.py)",
+    lifetime="30 s after the reader's last sign of life; goes with the job's end",
+    meaning="somebody reads the answer of a job that is to end with its reader",
+)
+ORDER: Final = Key(
+    name="order",
+    template="mixfleet:order:{worker_id}",
+    type="string",
+    writers="`mixfleet worker pause|drain|resume`; beat renews it",
+    lifetime="as long as its worker",
+    meaning="what an operator told a worker to do: pause or drain; it claims nothing meanwhile",
+)
+CONTROL: Final = Key(
+    name="control",
+    template="mixfleet:control:{worker_id}",
+    type="list",
+    writers="cancel, reap, claim, orders.py; popped by the worker at each step",
+    lifetime="60 s after the last word",
+    meaning="words for a worker: c:<job>:<token> a run is not its own any more, o: read your order",
 )
 WORKER: Final = Key(
     name="worker",
@@ -270,11 +390,25 @@ KEYS: Final[tuple[Key, ...]] = (
     RQ_WORKERS,
     RQ_QUEUE_WORKERS,
     READY,
-    SEQUENCE,
+    SUSPECTS,
+    QUARANTINE,
+    WAITING,
+    LOADS,
+    TAGS,
+    WEIGHTS,
+    AGEING,
+    DEADLINES,
+    RATES,
+    CAPACITY,
+    LIST_BASE,
+    UNLISTED,
     LEASES,
     CLAIM,
     CHANNEL,
     BELL,
+    READER,
+    ORDER,
+    CONTROL,
     WORKER,
     WORKERS,
     MODELS,
@@ -290,6 +424,17 @@ def check_model_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise MessageError(f"model={name[:80]!r}: must match {_NAME.pattern}")
     return name
+
+
+def check_tenant(tenant: str) -> str:
+    """Return ``tenant`` if it can name whose a job is.
+
+    Raises:
+        MessageError: It is not 1 to 64 letters, digits, dots, underscores and dashes.
+    """
+    if not _NAME.fullmatch(tenant):
+        raise MessageError(f"tenant={tenant[:80]!r}: must match {_NAME.pattern}")
+    return tenant
 
 
 def check_worker_id(worker_id: str) -> str:
@@ -314,12 +459,13 @@ def check_job_id(job_id: str) -> str:
     return job_id
 
 
-def lua_key_table() -> str:
+def lua_key_table(prefix: str = "") -> str:
     """Return Lua source that defines ``key``, a table with one function per kind of key."""
     lines = ["local key = {}"]
     for key in KEYS:
         fields = _FIELD.findall(key.template)
         pieces = _FIELD.split(key.template)
+        pieces[0] = prefix + pieces[0]
         # re.split puts the field names at the odd places.
         names = (p if i % 2 else f"'{p}'" for i, p in enumerate(pieces) if p)
         lines.append(f"function key.{key.name}({', '.join(fields)}) return {'..'.join(names)} end")

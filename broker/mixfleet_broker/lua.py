@@ -3,7 +3,7 @@
 from functools import cache
 from hashlib import sha1
 from importlib.resources import files
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from redis import Redis
 from redis.client import Pipeline
@@ -11,10 +11,7 @@ from redis.exceptions import NoScriptError, ResponseError
 
 from mixfleet_broker.keys import QUEUE, lua_key_table
 
-ScriptName = Literal["submit", "claim", "renew", "append", "finish", "reap", "cancel", "beat"]
-Argument = str | bytes | int | float
-
-SCRIPT_NAMES: Final[tuple[ScriptName, ...]] = (
+ScriptName = Literal[
     "submit",
     "claim",
     "renew",
@@ -22,11 +19,18 @@ SCRIPT_NAMES: Final[tuple[ScriptName, ...]] = (
     "finish",
     "reap",
     "cancel",
+    "requeue",
+    "expire",
+    "standing",
     "beat",
-)
+]
+Argument = str | bytes | int | float
+
+SCRIPT_NAMES: Final[tuple[ScriptName, ...]] = get_args(ScriptName)
 # Whatever lets a full Redis drain may go over the limit: a claim too, or a Redis full of waiting
 # jobs would stay full. Only submit is refused.
-_REFUSED_WHEN_FULL: Final = frozenset({"submit"})
+_REFUSED_WHEN_FULL: Final = frozenset({"submit", "requeue"})
+_USES: Final = "-- uses:"
 
 
 class Scripts:
@@ -37,10 +41,12 @@ class Scripts:
 
     Args:
         redis: A client whose replies are bytes.
+        prefix: Before all keys, on a server that is shared with others.
     """
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis, prefix: str = "") -> None:
         self._redis = redis
+        self._prefix = prefix
         self._with_flags = True
 
     def run(self, name: ScriptName, model: str, *args: Argument) -> Any:
@@ -52,46 +58,57 @@ class Scripts:
             args: ARGV from the second on.
         """
         try:
-            return self._redis.evalsha(self._digest(name), 1, QUEUE(model), model, *args)
+            return self._redis.evalsha(self._digest(name), 1, self._list(model), model, *args)
         except NoScriptError:
             self._load(name)
-            return self._redis.evalsha(self._digest(name), 1, QUEUE(model), model, *args)
+            return self._redis.evalsha(self._digest(name), 1, self._list(model), model, *args)
 
     def queue_on(self, pipeline: Pipeline, name: ScriptName, model: str, *args: Argument) -> None:
         """Put a call on a pipeline; its reply may be a ``NoScriptError``: then use :meth:`run`."""
-        pipeline.evalsha(self._digest(name), 1, QUEUE(model), model, *args)
+        pipeline.evalsha(self._digest(name), 1, self._list(model), model, *args)
+
+    def _list(self, model: str) -> str:
+        return QUEUE(model, prefix=self._prefix)
 
     def _digest(self, name: ScriptName) -> str:
-        return script_digest(name, with_flags=self._with_flags)
+        return script_digest(name, with_flags=self._with_flags, prefix=self._prefix)
+
+    def _text(self, name: ScriptName, *, with_flags: bool) -> str:
+        return script_text(name, with_flags=with_flags, prefix=self._prefix)
 
     def _load(self, name: ScriptName) -> None:
         try:
-            self._redis.script_load(script_text(name, with_flags=self._with_flags))
+            self._redis.script_load(self._text(name, with_flags=self._with_flags))
         except ResponseError:
             if not self._with_flags:
                 raise
             # A server before version 7 takes the line with the flags for Lua. From now on without.
-            self._redis.script_load(script_text(name, with_flags=False))
+            self._redis.script_load(self._text(name, with_flags=False))
             self._with_flags = False
 
 
 @cache
-def script_text(name: ScriptName, *, with_flags: bool) -> str:
-    """Return the whole text of a script: flags, names of keys, the prelude, itself.
+def script_text(name: ScriptName, *, with_flags: bool, prefix: str = "") -> str:
+    """Return the whole text of a script: flags, names of keys, the parts that it uses, itself.
 
     Args:
         name: The file without its suffix.
         with_flags: Whether the server knows ``#!lua flags``, as Redis does from version 7 on.
+        prefix: Before all keys.
     """
     flags = "" if name in _REFUSED_WHEN_FULL else " flags=allow-oom"
     shebang = f"#!lua{flags}\n" if with_flags else ""
-    return f"{shebang}{lua_key_table()}{_read('prelude')}{_read(name)}"
+    body = _read(name)
+    first_line, _, _ = body.partition("\n")
+    parts = ["base", *first_line.removeprefix(_USES).split()]
+    texts = (_read(f"parts/{part}") for part in parts)
+    return f"{shebang}{lua_key_table(prefix)}{''.join(texts)}{body}"
 
 
 @cache
-def script_digest(name: ScriptName, *, with_flags: bool) -> str:
+def script_digest(name: ScriptName, *, with_flags: bool, prefix: str = "") -> str:
     """Return Redis's own name for a script: the SHA-1 of its text."""
-    text = script_text(name, with_flags=with_flags)
+    text = script_text(name, with_flags=with_flags, prefix=prefix)
     return sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 

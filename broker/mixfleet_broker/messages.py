@@ -115,7 +115,20 @@ class JobEnd:
     usage: Usage | None = None
 
 
-JobEvent = RunStarted | TokenChunk | JobEnd
+RequeueReason = Literal["lost", "released", "isolated"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requeued:
+    """The job waits again, and its next run goes on with the answer."""
+
+    num_tokens: int
+    """Tokens delivered so far."""
+    reason: RequeueReason
+    """Its worker died; gave it back; or its engine failed on a batch that it was part of."""
+
+
+JobEvent = RunStarted | TokenChunk | Requeued | JobEnd
 
 
 def new_job_id() -> str:

@@ -6,55 +6,49 @@ Every call may be repeated after a lost reply. The only clock is Redis's.
 """
 
 from collections.abc import Sequence
-from hashlib import sha256
-from typing import Any, Final, get_args
+from typing import Any, Final, Literal
 
 from redis import Redis
 from redis.client import Pipeline
 
+from mixfleet_broker.confirming import confirm
+from mixfleet_broker.ends import read_ends
 from mixfleet_broker.errors import (
-    JobConflictError,
+    DeadlineExceededError,
     MessageError,
-    QueueFullError,
     UnknownJobError,
     WorkerLostError,
 )
-from mixfleet_broker.event_codec import encode_end, encode_run_start
-from mixfleet_broker.finishing import exc_string, finish_args, finish_outcome
+from mixfleet_broker.event_codec import encode_end, encode_run_start, with_bounded_message
+from mixfleet_broker.finishing import finish_args, finish_outcome
 from mixfleet_broker.keys import (
     BELL,
-    JOB,
+    CONTROL,
     LEASES,
     QUEUE,
-    READY,
+    UNLISTED,
     check_job_id,
     check_model_name,
     check_worker_id,
 )
 from mixfleet_broker.lua import Argument, ScriptName, Scripts
-from mixfleet_broker.messages import (
-    ChatJob,
-    JobEnd,
-    JobState,
-    TokenChunk,
-    encode_job,
-    encode_stock_job,
-)
+from mixfleet_broker.messages import ChatJob, JobEnd, TokenChunk, encode_stock_job
 from mixfleet_broker.records import CancelOutcome as CancelOutcome
 from mixfleet_broker.records import ClaimedJob as ClaimedJob
 from mixfleet_broker.records import JobInfo as JobInfo
 from mixfleet_broker.records import Lease as Lease
 from mixfleet_broker.records import Reaped as Reaped
 from mixfleet_broker.redis_errors import redis_errors
-from mixfleet_broker.rq_compat import DESCRIPTION, REFUSING_CALL
+from mixfleet_broker.standing import read_standing
+from mixfleet_broker.submitting import submit_args, submit_outcome
+from mixfleet_broker.terms import DEFAULT_TENANT, JobTerms, QueueRules
+from mixfleet_broker.waiting import wait_for_one
 
 MAX_CLAIM: Final = 1024
 """Jobs in one claim."""
-FAILURE_TTL_S: Final = 86_400
-"""How long a failed job is kept for its operator."""
-DEFAULT_TENANT: Final = "default"
-DEFAULT_CLASS: Final = 1
-"""Jobs of class 0 go first, of class 2 last."""
+STOCK_CLASS: Final = 1
+STOCK_TOKENS: Final = 512
+"""What a job of an rq producer is charged with until it has run."""
 
 
 class JobQueue:
@@ -63,10 +57,8 @@ class JobQueue:
     Args:
         redis: A client whose replies are bytes.
         model: Name of the model and of the queue.
-        queue_limit: Jobs that may wait.
-        lease_s: How long a claim or a renewal holds.
-        result_ttl_s: How long a finished job and any answer are kept.
-        max_losses: A job whose workers died so often has failed.
+        rules: How it is run.
+        prefix: Before all keys, on a server that is shared with others.
 
     Raises:
         MessageError: ``model`` cannot name a queue.
@@ -74,112 +66,116 @@ class JobQueue:
     """
 
     def __init__(
-        self,
-        redis: Redis,
-        model: str,
-        *,
-        queue_limit: int = 10_000,
-        lease_s: float = 15.0,
-        result_ttl_s: float = 900.0,
-        max_losses: int = 3,
+        self, redis: Redis, model: str, rules: QueueRules | None = None, *, prefix: str = ""
     ) -> None:
         self.model = check_model_name(model)
         self.redis = redis
-        self.scripts = Scripts(redis)
-        self._queue_limit = queue_limit
-        self._lease_ms = round(lease_s * 1000)
-        self._result_ttl_s = max(1, round(result_ttl_s))
-        self._max_losses = max_losses
-        self._canceled = encode_end(JobEnd(state="canceled"))
+        self.rules = rules or QueueRules()
+        self.prefix = prefix
+        self.scripts = Scripts(redis, prefix)
 
     # For clients
 
-    def submit(self, job: ChatJob) -> int:
+    def submit(self, job: ChatJob, terms: JobTerms | None = None) -> int:
         """Queue ``job`` and return how many jobs are before it.
 
         The same job again, by id and content, changes nothing and returns its position now, 0
         once it does not wait any more.
 
         Raises:
-            MessageError: The job cannot be sent, or is for another model.
-            QueueFullError: The queue is at its limit.
+            MessageError: The job or its terms cannot be sent, or it is for another model.
+            QueueFullError: The queue, or the tenant's share of it, is at its limit.
+            DeadlineUnreachableError: It would start too late.
             JobConflictError: The id is taken by a job with another content.
             BrokerFullError: Redis is out of memory.
+            NotDurableError: It is queued, and not yet where the rules want it to be.
         """
         if job.model != self.model:
             raise MessageError(f"job for model {job.model!r} on the queue of {self.model!r}")
-        payload = encode_job(job)
-        outcome, number = self._run(
-            "submit",
-            job.job_id,
-            payload,
-            sha256(payload).hexdigest(),
-            self._queue_limit,
-            DEFAULT_TENANT,
-            DEFAULT_CLASS,
-            REFUSING_CALL,
-            DESCRIPTION,
-            self._result_ttl_s,
-            FAILURE_TTL_S,
-        )
-        if outcome == b"full":
-            raise QueueFullError(model=self.model, depth=number, limit=self._queue_limit)
-        if outcome == b"conflict":
-            raise JobConflictError(job_id=job.job_id)
-        return int(number)
+        terms = terms or JobTerms()
+        reply = self._run("submit", *submit_args(job, terms, self.rules))
+        position = submit_outcome(reply, job, terms)
+        confirm(self.redis, self.rules, job.job_id)
+        return position
 
-    def cancel(self, job_id: str) -> CancelOutcome:
-        """End a job wherever it is; its worker hears of it at its next write or renewal."""
-        status = self._run("cancel", check_job_id(job_id), self._canceled)
+    def cancel(self, job_id: str, reason: str | None = None) -> CancelOutcome:
+        """End a job wherever it is; its worker hears of it at its next step.
+
+        Args:
+            job_id: The job.
+            reason: What its reader is told.
+        """
+        end = with_bounded_message(JobEnd(state="canceled", message=reason))
+        status, ends = self._run("cancel", check_job_id(job_id), encode_end(end))
+        read_ends(ends, model=self.model)
         if status is None:
             return CancelOutcome.UNKNOWN
         if status in (b"queued", b"started"):
             return CancelOutcome.CANCELED
         return CancelOutcome.ALREADY_ENDED
 
+    def expire(self, job_id: str) -> bool:
+        """End a job whose deadline is over; whether it was, and the job had not ended.
+
+        Workers and gateways do it for all jobs (:meth:`reap`); this is for a client where none is.
+        """
+        ends = self._run(
+            "expire", check_job_id(job_id), self.rules.result_ttl, self.rules.failure_ttl
+        )
+        return bool(read_ends(ends, model=self.model))
+
+    def requeue(self, job_id: str) -> bool:
+        """Let a failed job run again from nothing; False when it has not failed.
+
+        Raises:
+            UnknownJobError: There is no such job.
+        """
+        status = self._run("requeue", check_job_id(job_id))
+        if status is None:
+            raise UnknownJobError(job_id=job_id)
+        return bool(status == b"failed")
+
     def depth(self) -> int:
         """Return how many jobs wait."""
-        with redis_errors():
-            return int(self.redis.llen(QUEUE(self.model)))
+        with redis_errors(), self.redis.pipeline(transaction=False) as pipeline:
+            self.ask_depth(pipeline)
+            listed, cancelled = pipeline.execute()
+        return int(listed - cancelled)
+
+    def ask_depth(self, pipeline: Pipeline) -> None:
+        """Put two commands on a pipeline whose replies' difference is the depth."""
+        pipeline.llen(QUEUE(self.model, prefix=self.prefix))
+        pipeline.scard(UNLISTED(self.model, prefix=self.prefix))
 
     def num_started(self) -> int:
         """Return how many jobs are held by workers."""
         with redis_errors():
-            return int(self.redis.zcard(LEASES(self.model)))
+            return int(self.redis.zcard(LEASES(self.model, prefix=self.prefix)))
 
     def position(self, job_id: str) -> int | None:
-        """Return how many jobs are before this one; None when it does not wait."""
-        with redis_errors():
-            rank: Any = self.redis.zrank(READY(self.model), check_job_id(job_id))
-        return None if rank is None else int(rank)
+        """Return how many jobs are before this one; None when it does not wait in the order."""
+        try:
+            return self.info(job_id).position
+        except UnknownJobError:
+            return None
 
     def info(self, job_id: str) -> JobInfo:
-        """Return what is known of a job.
+        """Return what is known of a job and of its way.
 
         Raises:
             UnknownJobError: There is no such job, or it has expired.
             MessageError: rq's tools brought it into a state that is none of ours.
         """
-        with redis_errors(), self.redis.pipeline(transaction=False) as pipeline:
-            names = ("status", "worker_name", "mf_attempt", "mf_losses")
-            pipeline.hmget(JOB(check_job_id(job_id)), names)
-            pipeline.zrank(READY(self.model), job_id)
-            (status, worker_id, attempt, losses), rank = pipeline.execute()
-        if status is None:
+        reply = self._run("standing", check_job_id(job_id))
+        if reply is None:
             raise UnknownJobError(job_id=job_id)
-        state = _job_state(job_id, status.decode())
-        return JobInfo(
-            job_id=job_id,
-            state=state,
-            position=rank if state == "queued" else None,
-            worker_id=worker_id.decode() if worker_id else None,
-            attempt=int(attempt or 0),
-            num_losses=int(losses or 0),
-        )
+        return read_standing(job_id, reply)
 
     # For workers
 
-    def claim(self, worker_id: str, max_jobs: int, claim_token: str) -> list[ClaimedJob]:
+    def claim(
+        self, worker_id: str, max_jobs: int, claim_token: str, *, idle: bool = True
+    ) -> list[ClaimedJob]:
         """Lease up to ``max_jobs`` jobs, first in the order first.
 
         Args:
@@ -187,33 +183,42 @@ class JobQueue:
             max_jobs: At most ``MAX_CLAIM``; 0 or less claims nothing.
             claim_token: New for each claim, and the same when a claim is repeated because its
                 reply was lost: then it gives the jobs of the first call and no others.
+            idle: Whether the worker has no job now: only then it may get one to be run alone.
         """
         check_worker_id(worker_id)
         check_job_id(claim_token)  # the same characters, and above all no colon
         if max_jobs <= 0:
             return []
-        replies = self._run(
+        replies, ends = self._run(
             "claim",
             worker_id,
             min(max_jobs, MAX_CLAIM),
-            self._lease_ms,
+            self.rules.lease_ms,
             claim_token,
             encode_run_start(worker_id),
-            self._canceled,
-            DEFAULT_CLASS,
+            int(idle),
+            self.rules.max_losses,
+            self.rules.result_ttl,
+            self.rules.failure_ttl,
+            self.rules.ageing_ms,
+            STOCK_CLASS,
+            DEFAULT_TENANT,
+            STOCK_TOKENS,
         )
+        read_ends(ends, model=self.model)
         return [self._claimed_job(reply) for reply in replies]
 
     def renew(self, worker_id: str, leases: Sequence[Lease]) -> set[str]:
         """Extend leases; return the ids of the jobs that are lost.
 
-        A job is lost when it was cancelled, when its lease had ended and somebody reaped it, or
-        when it has already ended. Nothing can be written to it under this lease any more.
+        A job is lost when it was cancelled, when its lease had ended and somebody reaped it, when
+        its reader is gone and it is not to go on without, or when it has already ended. Nothing can
+        be written to it under this lease any more.
         """
         if not leases:
             return set()
-        pairs = _pairs(leases)
-        lost = self._run("renew", worker_id, self._lease_ms, self._canceled, *pairs)
+        lost, ends = self._run("renew", worker_id, self.rules.lease_ms, *_pairs(leases))
+        read_ends(ends, model=self.model)
         return {job_id.decode() for job_id in lost}
 
     def finish(self, lease: Lease, end: JobEnd, chunk: TokenChunk | None = None) -> bool:
@@ -230,7 +235,7 @@ class JobQueue:
             the caller's any more, or its channel lacks tokens that should come before the chunk.
             Then nothing was changed.
         """
-        return finish_outcome(self._run("finish", *self._finish_args(lease, end, chunk)))
+        return finish_outcome(self._run("finish", *finish_args(lease, end, chunk, self.rules)))
 
     def finish_on(
         self, pipeline: Pipeline, lease: Lease, end: JobEnd, chunk: TokenChunk | None = None
@@ -240,29 +245,37 @@ class JobQueue:
         The reply is a ``NoScriptError`` when the server has lost its scripts; then call
         :meth:`finish`. :class:`mixfleet_broker.flush.Flush` does all that.
         """
-        args = self._finish_args(lease, end, chunk)
+        args = finish_args(lease, end, chunk, self.rules)
         self.scripts.queue_on(pipeline, "finish", self.model, *args)
 
     def release(self, leases: Sequence[Lease]) -> int:
         """Hand jobs back to their place in the queue, no blame; return how many were still ours."""
-        if not leases:
-            return 0
-        requeued, _ = self._reap("released", 0, _pairs(leases))
-        return len(requeued)
+        return self._hand_back("released", leases)
+
+    def isolate(self, leases: Sequence[Lease]) -> int:
+        """Hand jobs back to be run alone, one by one: the engine failed on one of them, no blame.
+
+        Returns:
+            How many were still ours.
+        """
+        return self._hand_back("isolated", leases)
 
     def reap(self, limit: int = 100) -> Reaped:
-        """Take jobs from workers whose leases have ended; anybody may, and somebody must.
+        """Do what anybody may do and somebody must: look after the jobs of the dead.
 
-        A job goes back to its place in the queue, or has failed with ``worker_lost`` when this
-        was its last permitted loss.
+        A job whose lease is over goes back to its place in the queue, is put among those to be run
+        alone, or has failed with ``worker_lost`` when this was its last permitted loss. A job whose
+        deadline is over fails. One that has waited for long moves up. What is over is swept out.
 
         Args:
-            limit: Leases looked at in one call.
+            limit: Jobs looked at in one call, of each kind.
         """
-        requeued, failed = self._reap("lost", limit, [])
+        requeued, replies = self._reap("lost", limit)
+        ends = read_ends(replies, model=self.model)
         return Reaped(
             requeued=tuple(job_id.decode() for job_id in requeued),
-            failed=tuple(job_id.decode() for job_id in failed),
+            failed=tuple(end.job_id for end in ends if end.code == WorkerLostError.code),
+            expired=tuple(end.job_id for end in ends if end.code == DeadlineExceededError.code),
         )
 
     def wait_for_jobs(self, timeout_s: float) -> bool:
@@ -270,41 +283,48 @@ class JobQueue:
 
         rq producers do not ring it, so wait a second at most and then look.
         """
-        # To Redis 0 is for ever, and so is a millisecond to an old one.
-        timeout_s = max(timeout_s, 0.01)
-        with redis_errors():
-            return self.redis.blpop([BELL(self.model)], timeout=timeout_s) is not None
+        bell = BELL(self.model, prefix=self.prefix)
+        return wait_for_one(self.redis, [bell], timeout_s) is not None
+
+    def wait_for_jobs_or_word(self, worker_id: str, timeout_s: float) -> str | None:
+        """Wait until the bell rings or somebody has a word for the worker.
+
+        Returns:
+            The word, see orders.py; empty for the bell; None when nothing came.
+        """
+        control = CONTROL(worker_id, prefix=self.prefix)
+        bell = BELL(self.model, prefix=self.prefix)
+        found = wait_for_one(self.redis, [control, bell], timeout_s)
+        if found is None:
+            return None
+        return found[1].decode() if found[0].decode() == control else ""
 
     def _run(self, name: ScriptName, *args: Argument) -> Any:
         with redis_errors():
             return self.scripts.run(name, self.model, *args)
 
-    def _reap(self, mode: str, limit: int, pairs: Sequence[str]) -> list[list[bytes]]:
-        message = f"{self._max_losses} workers that ran it died"
-        end = JobEnd(state="failed", code=WorkerLostError.code, message=message)
-        replies: list[list[bytes]] = self._run(
+    def _hand_back(self, mode: Literal["released", "isolated"], leases: Sequence[Lease]) -> int:
+        if not leases:
+            return 0
+        requeued, replies = self._reap(mode, 0, _pairs(leases))
+        read_ends(replies, model=self.model)
+        return len(requeued)
+
+    def _reap(self, mode: str, limit: int, pairs: Sequence[str] = ()) -> Any:
+        return self._run(
             "reap",
             mode,
             limit,
-            self._max_losses,
-            encode_end(end),
-            exc_string(end),
-            self._canceled,
-            self._result_ttl_s,
-            FAILURE_TTL_S,
+            self.rules.max_losses,
+            self.rules.result_ttl,
+            self.rules.failure_ttl,
+            self.rules.ageing_ms,
             *pairs,
-        )
-        return replies
-
-    def _finish_args(
-        self, lease: Lease, end: JobEnd, chunk: TokenChunk | None
-    ) -> tuple[Argument, ...]:
-        return finish_args(
-            lease, end, chunk, result_ttl_s=self._result_ttl_s, failure_ttl_s=FAILURE_TTL_S
         )
 
     def _claimed_job(self, reply: list[Any]) -> ClaimedJob:
-        job_id, token, run, num_delivered, attempt, num_losses, is_stock, payload = reply
+        job_id, token, run, num_delivered, attempt, num_losses, is_stock, payload = reply[:8]
+        alone, left_ms = reply[8:]
         lease = Lease(job_id=job_id.decode(), token=token.decode(), run=int(run))
         if is_stock:
             payload = _wrapped(lease.job_id, self.model, payload)
@@ -314,15 +334,9 @@ class JobQueue:
             num_delivered=num_delivered,
             attempt=attempt,
             num_losses=num_losses,
+            alone=bool(alone),
+            time_left_s=None if left_ms < 0 else left_ms / 1000,
         )
-
-
-def _job_state(job_id: str, status: str) -> JobState:
-    for known in get_args(JobState):
-        if status == known:
-            state: JobState = known
-            return state
-    raise MessageError(f"job {job_id} has the status {status[:40]!r}, which mixfleet does not use")
 
 
 def _pairs(leases: Sequence[Lease]) -> list[str]:

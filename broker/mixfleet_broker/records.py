@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from mixfleet_broker.messages import JobState
 
@@ -29,15 +30,27 @@ class ClaimedJob:
     """1 for the first run."""
     num_losses: int
     """Earlier runs that ended with the loss of their worker."""
+    alone: bool = False
+    """It may have killed workers: nothing else may run beside it."""
+    time_left_s: float | None = None
+    """Until it must be complete; None: it may take its time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reaped:
-    """What became of the jobs whose leases had ended."""
+    """What became of the jobs whose leases or times had ended."""
 
     requeued: tuple[str, ...]
     failed: tuple[str, ...]
     """Lost too often."""
+    expired: tuple[str, ...] = ()
+    """Their deadline was over."""
+
+
+Outlook = Literal["queued", "suspect", "no_worker", "paused", "started", "ended"]
+"""A job's state as its reader wants to know it: it waits its turn; it waits to be run alone; it
+waits and nobody serves its model; it waits and its workers are told to take nothing; it runs; it
+is over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +60,36 @@ class JobInfo:
     job_id: str
     state: JobState
     position: int | None
-    """Jobs before it in the queue; None unless it is queued."""
+    """Jobs before it in the queue; None unless it waits in the order."""
     worker_id: str | None
     """Who runs it, or ran it last."""
     attempt: int
     """Runs so far."""
     num_losses: int
+    tokens_ahead: int | None = None
+    """Tokens expected of the jobs before it, prompts and answers."""
+    eta_s: float | None = None
+    """When it may start, by the measured speed of the fleet; None while nothing is known of it."""
+    waited_s: float | None = None
+    """Since it was submitted."""
+    num_workers: int = 0
+    """Live workers that take jobs of its model."""
+    num_slots: int = 0
+    """Jobs that these run at once."""
+    outlook: Outlook = "queued"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LostRun:
+    """A run that did not end its job."""
+
+    worker_id: str
+    ended_at: float
+    """Unix time by Redis's clock."""
+    reason: str
+    """lost, released, isolated or failed."""
+    num_tokens: int
+    """Of the answer, as delivered by then."""
 
 
 class CancelOutcome(StrEnum):

@@ -17,11 +17,14 @@ from redis import Redis
 
 from mixfleet_broker import keys
 from mixfleet_broker.lua import Scripts
+from mixfleet_broker.orders import Order, as_order
 from mixfleet_broker.redis_errors import redis_errors
 
 logger = logging.getLogger(__name__)
 
-WorkerState = Literal["starting", "idle", "busy", "draining"]
+WorkerState = Literal["starting", "idle", "busy", "paused", "draining"]
+TAKES_NONE: Final = frozenset({"starting", "paused", "draining"})
+"""States in which a worker takes no jobs."""
 
 LEASES_PER_LIFE: Final = 3
 """A worker that is silent for so many leases counts as gone."""
@@ -89,56 +92,77 @@ class Registration:
         redis: A client whose replies are bytes.
         record: The worker; its state and load are as they were last said.
         lease_s: The entry stays for three of them after a beat.
+        prefix: Before all keys.
 
     Raises:
         BrokerError: From every method, see :mod:`mixfleet_broker.redis_errors`.
     """
 
-    def __init__(self, redis: Redis, record: WorkerRecord, *, lease_s: float) -> None:
+    def __init__(
+        self, redis: Redis, record: WorkerRecord, *, lease_s: float, prefix: str = ""
+    ) -> None:
         self._redis = redis
-        self._scripts = Scripts(redis)
+        self._prefix = prefix
+        self._scripts = Scripts(redis, prefix)
         self._life_ms = round(LEASES_PER_LIFE * lease_s * 1000)
         self.record = record
 
-    def beat(self, *, state: WorkerState, in_flight: int) -> None:
-        """Say that the worker lives and how it is, all in one round trip."""
+    def beat(self, *, state: WorkerState, in_flight: int) -> Order | None:
+        """Say that the worker lives and how it is, all in one round trip.
+
+        Returns:
+            What an operator told it to do.
+        """
         self.record = replace(self.record, state=state, in_flight=in_flight)
         ours = _flat(_our_fields(self.record))
+        num_slots = 0 if state in TAKES_NONE else self.record.max_batch_size
         with redis_errors():
-            self._scripts.run(
+            reply = self._scripts.run(
                 "beat",
                 self.record.model,
                 self.record.worker_id,
                 self._life_ms,
                 LATELY_S * 1000,
                 _rq_time(self.record.started_at),
+                num_slots,
                 len(ours),
                 *ours,
                 *_flat(_rq_fields(self.record)),
             )
+        return as_order(reply)
 
     def deregister(self) -> None:
         """Say that the worker is gone; its model is remembered for a while."""
-        rq_key = keys.RQ_WORKER(self.record.worker_id)
+        worker_id, model = self.record.worker_id, self.record.model
+        rq_key = self._key(keys.RQ_WORKER, worker_id)
         with redis_errors(), self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.delete(keys.WORKER(self.record.worker_id), rq_key)
-            pipeline.zrem(keys.WORKERS(), self.record.worker_id)
-            pipeline.srem(keys.RQ_WORKERS(), rq_key)
-            pipeline.srem(keys.RQ_QUEUE_WORKERS(self.record.model), rq_key)
+            pipeline.delete(
+                self._key(keys.WORKER, worker_id),
+                self._key(keys.ORDER, worker_id),
+                self._key(keys.CONTROL, worker_id),
+                rq_key,
+            )
+            pipeline.zrem(self._key(keys.WORKERS), worker_id)
+            pipeline.hdel(self._key(keys.CAPACITY, model), worker_id)
+            pipeline.srem(self._key(keys.RQ_WORKERS), rq_key)
+            pipeline.srem(self._key(keys.RQ_QUEUE_WORKERS, model), rq_key)
             pipeline.execute()
 
+    def _key(self, key: keys.Key, *names: str) -> str:
+        return key(*names, prefix=self._prefix)
 
-def workers(redis: Redis) -> list[WorkerRecord]:
+
+def workers(redis: Redis, *, prefix: str = "") -> list[WorkerRecord]:
     """Return the live workers, by model and name.
 
     A record that this version cannot read, of a worker of another version, is logged and left
     out.
     """
     with redis_errors():
-        ids = _names(redis.zrange(keys.WORKERS(), 0, -1))
+        ids = _names(redis.zrange(keys.WORKERS(prefix=prefix), 0, -1))
         with redis.pipeline(transaction=False) as pipeline:
             for worker_id in ids:
-                pipeline.hgetall(keys.WORKER(worker_id))
+                pipeline.hgetall(keys.WORKER(worker_id, prefix=prefix))
             contents = pipeline.execute()
     records = [
         record
@@ -148,10 +172,10 @@ def workers(redis: Redis) -> list[WorkerRecord]:
     return sorted(records, key=lambda record: (record.model, record.worker_id))
 
 
-def models(redis: Redis) -> list[str]:
+def models(redis: Redis, *, prefix: str = "") -> list[str]:
     """Return the names of the models served now or in the last days, the latest first."""
     with redis_errors():
-        return _names(redis.zrevrange(keys.MODELS(), 0, -1))
+        return _names(redis.zrevrange(keys.MODELS(prefix=prefix), 0, -1))
 
 
 def _names(reply: Any) -> list[str]:

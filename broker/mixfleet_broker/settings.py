@@ -17,6 +17,7 @@ from typing import Any, Final, cast
 from platformdirs import user_config_path, user_data_path
 
 from mixfleet_broker.errors import ConfigError
+from mixfleet_broker.keys import PREFIX
 from mixfleet_broker.redis_url import safe_redis_url
 from mixfleet_broker.setting_kinds import (
     Kind,
@@ -71,6 +72,13 @@ class Settings:
         shown="the server that `mixfleet up` runs",
         also="REDIS_URL",
     )
+    key_prefix: str = _setting(
+        text(PREFIX.pattern, "must be up to 64 letters, digits and _ . : - { }"),
+        "",
+        "Before all keys in Redis, on a server that is shared; rq's tools from version 3 on follow "
+        "with `RQ_KEY_PREFIX=<prefix>rq`.",
+        shown="none",
+    )
     data_dir: Path = _setting(  # noqa: RUF009 - it returns a dataclasses.field
         file_path(),
         default_data_dir,
@@ -91,6 +99,36 @@ class Settings:
     )
     queue_limit: int = _setting(
         whole(at_least=1), 10_000, "Most jobs waiting for one model; more are refused."
+    )
+    queue_token_limit: int = _setting(
+        whole(at_least=1),
+        50_000_000,
+        "Most tokens expected of the jobs waiting for one model, prompts and answers.",
+    )
+    tenant: str = _setting(
+        identifier(), "default", "Whose jobs these are: fair shares and limits go by it."
+    )
+    tenant_queue_limit: int | None = _setting(
+        whole(at_least=1),
+        None,
+        "Most jobs of one tenant waiting for one model.",
+        shown="as `queue_limit`",
+    )
+    tenant_token_limit: int | None = _setting(
+        whole(at_least=1),
+        None,
+        "Most tokens of one tenant waiting for one model.",
+        shown="as `queue_token_limit`",
+    )
+    ageing_s: float = _setting(
+        seconds(above=0),
+        120.0,
+        "How long a job waits before it moves up a class of priority, in seconds.",
+    )
+    durability: str = _setting(
+        choice("server", "fsync", "replica"),
+        "server",
+        "What must have a job before its submit returns: Redis itself, its disk, or a replica.",
     )
     result_ttl_s: float = _setting(
         seconds(at_least=1), 900.0, "How long an answer can be read after its end, in seconds."
@@ -180,7 +218,9 @@ class Settings:
         "How long a worker that says nothing keeps its jobs, in seconds.",
     )
     max_losses: int = _setting(
-        whole(at_least=1), 3, "Workers that may die on a job before the job counts as failed."
+        whole(at_least=1),
+        3,
+        "Workers that may die on a job before it has failed; its last run is alone on its worker.",
     )
     stall_s: float = _setting(
         seconds(above=0),

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
         ChatMessage,
         JobEnd,
         JobEvent,
+        Requeued,
         RunStarted,
         TokenChunk,
         Usage,
         new_job_id,
     )
+    from mixfleet_broker.records import JobInfo
 
 __all__ = [
     "ChatMessage",
@@ -28,7 +30,9 @@ __all__ = [
     "Client",
     "JobEnd",
     "JobEvent",
+    "JobInfo",
     "MixfleetError",
+    "Requeued",
     "RunStarted",
     "TokenChunk",
     "Usage",
@@ -42,6 +46,7 @@ def __getattr__(name: str) -> Any:
         "ChatResult": "mixfleet.stream",
         "ChatStream": "mixfleet.stream",
         "Client": "mixfleet.fleet",
+        "JobInfo": "mixfleet_broker.records",
         "MixfleetError": "mixfleet_broker.errors",
     }
     if name not in __all__:

@@ -17,6 +17,8 @@ from mixfleet_broker.messages import TERMINAL_STATES, JobEvent, TokenChunk
 logger = logging.getLogger(__name__)
 
 RECONNECT_DELAY_S = 0.25
+DEADLINE_GRACE_S = 1.0
+"""How long the fleet has to end a job by itself once its deadline is over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,9 @@ class Patience:
     """Two leases: after so long without any event, the job and its workers are looked at."""
     outage_s: float = 30.0
     """An outage of Redis shorter than this is waited out."""
+    deadlines_s: tuple[float, ...] = ()
+    """When the job's own deadlines are over, from the submit. Workers end such a job; where none is
+    there, its reader does."""
 
 
 class EventReader:
@@ -64,6 +69,9 @@ class EventReader:
         self._last_event_at = clock()
         self.started_at = self._last_event_at if started_at is None else started_at
         """When the job was submitted (or attached to), by ``clock``."""
+        self._overdue_at = sorted(
+            self.started_at + within_s + DEADLINE_GRACE_S for within_s in patience.deadlines_s
+        )
 
     def next_event(self, timeout_s: float | None = None) -> JobEvent | None:
         """Wait for the next event; None when ``timeout_s`` passes without one.
@@ -98,6 +106,8 @@ class EventReader:
             if left_s <= 0:
                 raise StreamTimeoutError(job_id=self._job_id, what=what, limit_s=limit_s)
             block_s = min(block_s, left_s)
+        if self._overdue_at:
+            block_s = min(block_s, max(0.0, self._overdue_at[0] - now))
         return block_s
 
     def _fetch(self, block_s: float) -> None:
@@ -111,6 +121,9 @@ class EventReader:
             is_silent = self._clock() - self._last_event_at >= self._patience.silence_s
             if not events and (is_silent or was_away):
                 events = self._look_around()
+            if not events and self._overdue_at and self._clock() >= self._overdue_at[0]:
+                self._transport.expire(self._job_id, self._model)
+                del self._overdue_at[0]
         except BrokerUnavailableError as error:
             self._bear_outage(error)
             return

@@ -4,16 +4,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
+from mixfleet.attendance import Attendance
 from mixfleet.events import Patience
 from mixfleet.stream import ChatStream
 from mixfleet.transport import RedisTransport, Transport
-from mixfleet_broker.errors import InvalidMessagesError, UnknownModelError
+from mixfleet_broker.errors import InvalidMessagesError, MessageError, UnknownModelError
 from mixfleet_broker.messages import ChatJob, ChatMessage, SamplingSettings, new_job_id
 from mixfleet_broker.records import JobInfo
 from mixfleet_broker.settings import Settings, resolve
+from mixfleet_broker.terms import JobTerms, Priority
 
+OnDisconnect = Literal["continue", "cancel"]
 Messages = str | Sequence[Mapping[str, str] | ChatMessage]
 """A question, or a whole conversation whose last turn is the user's."""
 
@@ -51,6 +54,7 @@ class Client:
         self._transport = transport or RedisTransport(self._settings)
         self._model = model or self._settings.model
         self._clock = clock
+        self._attendance = Attendance(self._transport)
 
     def chat(
         self,
@@ -64,6 +68,10 @@ class Client:
         max_tokens: int | None = None,
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
+        priority: Priority = "default",
+        start_within_s: float | None = None,
+        finish_within_s: float | None = None,
+        on_disconnect: OnDisconnect = "continue",
         first_token_timeout_s: float | None = None,
         total_timeout_s: float | None = None,
         job_id: str | None = None,
@@ -80,6 +88,11 @@ class Client:
             max_tokens: Longest answer; None lets it run to the end of the context.
             stop: The answer ends before the first of these texts.
             seed: The same seed and question give the same answer.
+            priority: ``interactive`` goes before ``default``, that before ``batch``.
+            start_within_s: Refuse the job, or end it, if no worker takes it by then.
+            finish_within_s: End the job if its answer is not complete by then.
+            on_disconnect: What becomes of the job when this process dies: ``continue``, for
+                somebody else to read it, or ``cancel``.
             first_token_timeout_s: Longest wait for the first token; None is for ever.
             total_timeout_s: Longest wait for the end; None is for ever.
             job_id: An id of 32 hex digits made by ``new_job_id``; sending it twice is one job.
@@ -87,7 +100,8 @@ class Client:
         Raises:
             InvalidMessagesError: The messages cannot be a conversation.
             MessageError: A value is outside its limits; the text names it.
-            QueueFullError: The fleet takes no more jobs now.
+            QueueFullError: The fleet takes no more jobs now, or no more of this tenant.
+            DeadlineUnreachableError: The job would start too late.
             UnknownModelError: No model is named and none, or several, are served.
             BrokerUnavailableError: Redis cannot be reached.
         """
@@ -105,7 +119,8 @@ class Client:
             messages=_conversation(messages, system),
             sampling=sampling,
         )
-        return self._send(job, first_token_timeout_s, total_timeout_s)
+        terms = self._terms(priority, start_within_s, finish_within_s, on_disconnect)
+        return self._send(job, terms, first_token_timeout_s, total_timeout_s)
 
     def complete(
         self,
@@ -118,6 +133,10 @@ class Client:
         max_tokens: int | None = None,
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
+        priority: Priority = "default",
+        start_within_s: float | None = None,
+        finish_within_s: float | None = None,
+        on_disconnect: OnDisconnect = "continue",
         first_token_timeout_s: float | None = None,
         total_timeout_s: float | None = None,
         job_id: str | None = None,
@@ -137,7 +156,8 @@ class Client:
             prompt=prompt,
             sampling=sampling,
         )
-        return self._send(job, first_token_timeout_s, total_timeout_s)
+        terms = self._terms(priority, start_within_s, finish_within_s, on_disconnect)
+        return self._send(job, terms, first_token_timeout_s, total_timeout_s)
 
     def attach(
         self,
@@ -176,9 +196,9 @@ class Client:
         """Return where a job is; raises UnknownJobError when nobody knows it."""
         return self._transport.status(job_id, self._transport.model_of(job_id))
 
-    def cancel(self, job_id: str) -> None:
+    def cancel(self, job_id: str, reason: str | None = None) -> None:
         """Stop a job wherever it is; raises UnknownJobError when nobody knows it."""
-        self._transport.cancel(job_id, self._transport.model_of(job_id))
+        self._transport.cancel(job_id, self._transport.model_of(job_id), reason)
 
     def models(self) -> tuple[str, ...]:
         """Return the names of the models served now or lately."""
@@ -209,7 +229,8 @@ class Client:
         return self._transport.num_workers(model)
 
     def close(self) -> None:
-        """Close all connections; jobs go on."""
+        """Close all connections; jobs go on, but for those that end with their reader."""
+        self._attendance.close()
         self._transport.close()
 
     def __enter__(self) -> Self:
@@ -223,19 +244,48 @@ class Client:
     ) -> None:
         self.close()
 
+    def _terms(
+        self,
+        priority: Priority,
+        start_within_s: float | None,
+        finish_within_s: float | None,
+        on_disconnect: OnDisconnect,
+    ) -> JobTerms:
+        if on_disconnect not in get_args(OnDisconnect):
+            known = ", ".join(get_args(OnDisconnect))
+            raise MessageError(f"on_disconnect={on_disconnect!r}: must be one of {known}")
+        return JobTerms(
+            tenant=self._settings.tenant,
+            priority=priority,
+            start_within_s=start_within_s,
+            finish_within_s=finish_within_s,
+            ends_with_reader=on_disconnect == "cancel",
+        )
+
     def _send(
-        self, job: ChatJob, first_token_timeout_s: float | None, total_timeout_s: float | None
+        self,
+        job: ChatJob,
+        terms: JobTerms,
+        first_token_timeout_s: float | None,
+        total_timeout_s: float | None,
     ) -> ChatStream:
         started_at = self._clock()
         # The connection repeats it when a reply is lost: the same job id is one job.
-        self._transport.submit(job)
+        self._transport.submit(job, terms)
+        if terms.ends_with_reader:
+            self._attendance.enter(job.job_id)
+        deadlines = (terms.start_within_s, terms.finish_within_s)
+        patience = self._patience(first_token_timeout_s, total_timeout_s)
         return ChatStream(
             self._transport,
             job.job_id,
             model=job.model,
-            patience=self._patience(first_token_timeout_s, total_timeout_s),
+            patience=replace(
+                patience, deadlines_s=tuple(within for within in deadlines if within is not None)
+            ),
             clock=self._clock,
             started_at=started_at,
+            attendance=self._attendance if terms.ends_with_reader else None,
         )
 
     def _patience(self, first_token_s: float | None, total_s: float | None) -> Patience:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from mixfleet.attendance import Attendance
 from mixfleet.events import EventReader, Patience
 from mixfleet.transport import Transport
 from mixfleet_broker.errors import MessageError, MixfleetError, error_from_end
@@ -14,10 +15,12 @@ from mixfleet_broker.messages import (
     FinishReason,
     JobEnd,
     JobEvent,
+    Requeued,
     RunStarted,
     TokenChunk,
     Usage,
 )
+from mixfleet_broker.records import JobInfo
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +54,8 @@ class ChatStream:
             for text in stream:
                 print(text, end="", flush=True)
 
-    One thread reads a stream; :meth:`cancel`, :meth:`detach` and :meth:`position` may be called
-    from any.
+    One thread reads a stream; :meth:`cancel`, :meth:`detach`, :meth:`position` and :meth:`status`
+    may be called from any.
     """
 
     def __init__(
@@ -66,9 +69,11 @@ class ChatStream:
         is_owner: bool = True,
         clock: Callable[[], float] = time.monotonic,
         started_at: float | None = None,
+        attendance: Attendance | None = None,
     ) -> None:
         self._transport = transport
         self._clock = clock
+        self._attendance = attendance
         self._reader = EventReader(
             transport,
             job_id,
@@ -165,18 +170,38 @@ class ChatStream:
             total_s=self._since_submit(self._ended_at),
         )
 
-    def cancel(self) -> None:
-        """Stop the job wherever it is; harmless once it has ended."""
-        self._transport.cancel(self.job_id, self.model)
+    def cancel(self, reason: str | None = None) -> None:
+        """Stop the job wherever it is; harmless once it has ended.
+
+        Args:
+            reason: What whoever reads its answer is told.
+        """
+        self._transport.cancel(self.job_id, self.model, reason)
 
     def detach(self) -> str:
-        """Let the job go on when the block is left; return its id, to attach again."""
+        """Let the job go on when the block is left; return its id, to attach again.
+
+        Raises:
+            MessageError: The job was sent to end with its reader.
+        """
+        if self._attendance is not None:
+            raise MessageError(
+                f"job {self.job_id} ends with its reader: send it with on_disconnect='continue'"
+            )
         self._cancels_on_exit = False
         return self.job_id
 
     def position(self) -> int | None:
         """Return how many jobs are before this one in the queue; None once it is not queued."""
         return self._transport.position(self.job_id, self.model)
+
+    def status(self) -> JobInfo:
+        """Return where the job stands: its place, the tokens before it, when it may start.
+
+        Raises:
+            UnknownJobError: The job is no longer kept.
+        """
+        return self._transport.status(self.job_id, self.model)
 
     def __enter__(self) -> Self:
         return self
@@ -187,6 +212,8 @@ class ChatStream:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._attendance is not None:
+            self._attendance.leave(self.job_id)
         if self._end is not None or not self._cancels_on_exit:
             return
         try:
@@ -199,6 +226,8 @@ class ChatStream:
         if isinstance(event, RunStarted):
             self._worker_ids.append(event.worker_id)
             self._expect(event.num_tokens, "a new run")
+        elif isinstance(event, Requeued):
+            self._expect(event.num_tokens, "what follows a lost run")
         elif isinstance(event, TokenChunk):
             self._expect(event.num_tokens - len(event.token_ids), "the next chunk")
             self._num_tokens = event.num_tokens
@@ -208,6 +237,8 @@ class ChatStream:
         else:
             self._end = event
             self._ended_at = self._clock()
+            if self._attendance is not None:
+                self._attendance.leave(self.job_id)
 
     def _expect(self, num_tokens: int, what: str) -> None:
         """Check that nothing was lost or said twice: ``what`` begins where the text ends."""

@@ -15,13 +15,13 @@ from mixfleet_broker.keys import (
     JOB,
     LEASES,
     READY,
-    RESULTS,
     RQ_WORKER,
     WIP,
     WORKER_EXECUTIONS,
 )
 from mixfleet_broker.messages import JobEnd, TokenChunk, Usage
 from mixfleet_broker.queue import CancelOutcome, JobQueue
+from mixfleet_broker.terms import QueueRules
 from support.queue_jobs import (
     DONE,
     MODEL,
@@ -48,7 +48,7 @@ def places(redis: Redis, job_id: str) -> set[str]:
 
 
 def test_chunk_end_and_state_are_one_step(redis: Redis) -> None:
-    queue = JobQueue(redis, MODEL, result_ttl_s=60)
+    queue = JobQueue(redis, MODEL, QueueRules(result_ttl_s=60))
     lease = submit_and_claim(queue).lease
     append_chunk(redis, lease, chunk(1, 11))
     assert queue.finish(lease, DONE, chunk(2, 12))
@@ -66,7 +66,7 @@ def test_a_finish_whose_reply_was_lost_is_done_once(redis: Redis) -> None:
     lease = submit_and_claim(queue).lease
     assert [queue.finish(lease, DONE, chunk(1, 11)) for _ in range(3)] == [True] * 3
     assert [e for _, e in read_events(redis, lease.job_id)][1:] == [chunk(1, 11), DONE]
-    assert redis.xlen(RESULTS(lease.job_id)) == 1
+    assert redis.zcard(FINISHED(MODEL)) == 1
 
 
 def test_text_without_tokens_may_come_with_the_end(redis: Redis) -> None:

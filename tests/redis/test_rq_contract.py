@@ -14,6 +14,7 @@ from mixfleet_broker.errors import MessageError
 from mixfleet_broker.keys import JOB, LEASES, QUEUE, READY, SUSPENDED
 from mixfleet_broker.messages import ChatMessage, JobEnd, decode_job
 from mixfleet_broker.queue import JobQueue, Reaped
+from mixfleet_broker.terms import QueueRules
 from support.queue_jobs import (
     DONE,
     MODEL,
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.slow
 
 COMMANDS = Path(__file__).parents[1] / "support" / "rq_commands.py"
 RQ2 = Path(__file__).parents[2] / ".venv-rq2" / "bin" / "python"
+BY_RQ = JobEnd(state="canceled", message="cancelled with rq's tools")
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
 
 
@@ -149,7 +151,7 @@ def test_a_queued_job_that_rq_cancels_is_never_claimed(redis: Redis, rq: Rq) -> 
     assert queue.depth() == 0
     assert queue.claim("w1", 1, "c1") == []
     # rq has no channels: the next claim tells the reader.
-    assert ended(redis, job.job_id) == JobEnd(state="canceled")
+    assert ended(redis, job.job_id) == BY_RQ
     assert 0 < redis.ttl(JOB(job.job_id)) <= 300
     assert not redis.exists(READY(MODEL))
 
@@ -160,7 +162,7 @@ def test_a_running_job_that_rq_cancels_is_lost_to_its_worker(redis: Redis, rq: R
     rq("cancel", lease.job_id)
     assert not queue.finish(lease, DONE)
     assert queue.renew("w1", [lease, other]) == {lease.job_id}
-    assert [e for _, e in read_events(redis, lease.job_id)][1:] == [JobEnd(state="canceled")]
+    assert [e for _, e in read_events(redis, lease.job_id)][1:] == [BY_RQ]
     assert queue.num_started() == 1
     assert 0 < redis.ttl(JOB(lease.job_id)) <= 300
 
@@ -173,7 +175,7 @@ def test_a_running_job_that_rq_cancels_is_ended_by_the_reaper_of_a_lost_worker(
     rq("cancel", lease.job_id)
     end_all_leases(redis)
     assert queue.reap() == Reaped(requeued=(), failed=())
-    assert ended(redis, lease.job_id) == JobEnd(state="canceled")
+    assert ended(redis, lease.job_id) == BY_RQ
     assert queue.num_started() == 0
 
 
@@ -189,7 +191,7 @@ def test_a_job_that_rq_deletes_is_gone_everywhere(redis: Redis, rq: Rq) -> None:
 
 
 def test_an_operators_requeue_begins_the_job_anew(redis: Redis, rq: Rq) -> None:
-    queue = JobQueue(redis, MODEL, max_losses=1)
+    queue = JobQueue(redis, MODEL, QueueRules(max_losses=1))
     first = submit_and_claim(queue).lease
     append_chunk(redis, first, chunk(1, 5))
     end_all_leases(redis)

@@ -2,6 +2,7 @@
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
@@ -19,6 +20,7 @@ from mixfleet_broker.errors import (
 )
 from mixfleet_broker.keys import BELL, JOB, QUEUE, READY
 from mixfleet_broker.queue import CancelOutcome, JobInfo, JobQueue
+from mixfleet_broker.terms import QueueRules
 from support.queue_jobs import DONE, MODEL, chat_job, chunk, claim_one, submit_and_claim, texts
 
 
@@ -28,13 +30,15 @@ def test_a_job_is_queued_behind_those_before_it(redis: Redis) -> None:
     assert [queue.submit(job) for job in jobs] == [0, 1, 2]
     assert queue.depth() == 3
     assert [queue.position(job.job_id) for job in jobs] == [0, 1, 2]
-    assert queue.info(jobs[1].job_id) == JobInfo(
+    assert replace(queue.info(jobs[1].job_id), waited_s=None) == JobInfo(
         job_id=jobs[1].job_id,
         state="queued",
         position=1,
         worker_id=None,
         attempt=0,
         num_losses=0,
+        tokens_ahead=257,  # 1 of the prompt by its bytes, 256 of an answer of unknown length
+        outlook="no_worker",
     )
 
 
@@ -62,7 +66,7 @@ def test_another_job_of_the_same_id_is_a_conflict(redis: Redis) -> None:
 
 
 def test_a_full_queue_refuses_with_its_numbers_and_writes_nothing(redis: Redis) -> None:
-    queue = JobQueue(redis, MODEL, queue_limit=2)
+    queue = JobQueue(redis, MODEL, QueueRules(queue_limit=2))
     first = chat_job()
     queue.submit(first)
     queue.submit(chat_job())
@@ -130,7 +134,7 @@ def test_an_unknown_job_is_unknown(redis: Redis) -> None:
 
 
 def test_a_state_that_is_not_ours_is_not_guessed_at(redis: Redis) -> None:
-    redis.hset(JOB("job1"), "status", "scheduled")
+    redis.hset(JOB("job1"), mapping={"status": "scheduled", "origin": MODEL})
     with pytest.raises(MessageError, match="'scheduled'"):
         JobQueue(redis, MODEL).info("job1")
 

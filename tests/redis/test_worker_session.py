@@ -13,6 +13,7 @@ from mixfleet_broker.messages import JobEnd, TokenChunk, new_job_id
 from mixfleet_broker.messages import decode_job as decode
 from mixfleet_broker.queue import ClaimedJob, JobQueue, Lease
 from mixfleet_broker.registry import Registration, WorkerRecord, workers
+from mixfleet_broker.terms import QueueRules
 from mixfleet_worker.handoff import EndWrite, JobTimes
 from mixfleet_worker.session import Activity, QueueSession, Session
 from support.fake_session import FakeBroker, chunk_write
@@ -39,7 +40,7 @@ class RealBroker:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._queue = JobQueue(redis, MODEL, lease_s=LEASE_S)
+        self._queue = JobQueue(redis, MODEL, QueueRules(lease_s=LEASE_S))
 
     def push(self, job_id: str) -> None:
         self._queue.submit(decode(a_payload(job_id)))
@@ -73,7 +74,7 @@ def broker(request: pytest.FixtureRequest) -> Iterator[Broker]:
 
 def claim_one(broker: Broker, session: Session) -> ClaimedJob:
     broker.push(new_job_id())
-    (job,) = session.claim(1, new_job_id())
+    (job,) = session.claim(1, new_job_id(), idle=True)
     return job
 
 
@@ -91,10 +92,10 @@ def test_a_repeated_claim_gives_the_same_jobs(broker: Broker) -> None:
     for _ in range(3):
         broker.push(new_job_id())
     token = new_job_id()
-    jobs = session.claim(2, token)
+    jobs = session.claim(2, token, idle=True)
     assert len(jobs) == 2
-    assert session.claim(2, token) == jobs
-    assert len(session.claim(2, new_job_id())) == 1
+    assert session.claim(2, token, idle=True) == jobs
+    assert len(session.claim(2, new_job_id(), idle=True)) == 1
 
 
 def test_a_flush_writes_and_counts_who_waits(broker: Broker) -> None:
@@ -142,7 +143,7 @@ def test_a_released_job_goes_on_elsewhere_after_its_tokens(broker: Broker) -> No
     first.flush([chunk_write(lease, 2)])
     assert first.release([lease]) == 1
     assert first.release([lease]) == 0
-    (job,) = second.claim(5, new_job_id())
+    (job,) = second.claim(5, new_job_id(), idle=True)
     assert (job.num_delivered, job.attempt, job.num_losses) == (2, 2, 0)
     assert second.delivered_tokens(lease.job_id) == (1, 2)
     assert job.lease.run > lease.run
@@ -154,11 +155,11 @@ def test_a_released_job_goes_on_elsewhere_after_its_tokens(broker: Broker) -> No
 def test_the_bell_rings_while_jobs_wait(broker: Broker) -> None:
     session = broker.session()
     broker.push(new_job_id())
-    assert session.wait_for_jobs(1.0)
+    assert session.wait_for_jobs(1.0) is not None
 
 
 def test_the_bell_is_silent_without_jobs(broker: Broker) -> None:
-    assert not broker.session().wait_for_jobs(0.05)
+    assert broker.session().wait_for_jobs(0.05) is None
 
 
 def test_the_public_record_comes_changes_and_goes(redis: Redis) -> None:
@@ -178,7 +179,7 @@ def test_the_public_record_comes_changes_and_goes(redis: Redis) -> None:
 
 
 def test_the_jobs_of_a_dead_worker_are_reaped(redis: Redis) -> None:
-    queue = JobQueue(redis, MODEL, lease_s=0.001)
+    queue = JobQueue(redis, MODEL, QueueRules(lease_s=0.001))
     queue.submit(decode(a_payload(new_job_id())))
     queue.claim("dead", 1, new_job_id())
     session = RealBroker(redis).session()

@@ -13,6 +13,7 @@ from mixfleet_broker.messages import JobEnd, TokenChunk, Usage, decode_job, new_
 from mixfleet_broker.queue import JobQueue
 from mixfleet_broker.records import ClaimedJob
 from mixfleet_broker.registry import Registration, WorkerRecord
+from mixfleet_broker.terms import QueueRules
 
 WAKE_UP_S = 0.02
 
@@ -39,7 +40,7 @@ class EchoWorker:
         leave_after: int | None = None,
     ) -> None:
         self._redis = connect(url)
-        self._queue = JobQueue(self._redis, model, lease_s=lease_s)
+        self._queue = JobQueue(self._redis, model, QueueRules(lease_s=lease_s))
         self._hold_after = hold_after
         self._leave_after = leave_after
         self._stop = threading.Event()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from mixfleet_broker.errors import BrokerUnavailableError
 from mixfleet_broker.flush import FlushResult, WriteOutcome
 from mixfleet_broker.messages import JobEnd, TokenChunk
+from mixfleet_broker.orders import Order
 from mixfleet_broker.queue import ClaimedJob, Lease
 from mixfleet_worker.handoff import ChunkWrite, EndWrite, Write
 from mixfleet_worker.session import Activity
@@ -52,6 +53,12 @@ class FakeBroker:
         self.lost_replies: list[str] = []
         """Calls that have their effect and then raise, by name; each counts once."""
         self.activities: list[Activity] = []
+        self.idle_claims: list[bool] = []
+        """Of each claim, whether the worker said that it was idle."""
+        self.isolated: list[str] = []
+        self.order: Order | None = None
+        self.words: list[str] = []
+        """For the worker: what the next flush or wait brings."""
         self.signed_off: list[str] = []
         self._last_run = 0
         self._claims: dict[str, list[ClaimedJob]] = {}
@@ -139,8 +146,9 @@ class FakeSession:
         self._broker = broker
         self._worker_id = worker_id
 
-    def claim(self, max_jobs: int, claim_token: str) -> list[ClaimedJob]:
+    def claim(self, max_jobs: int, claim_token: str, *, idle: bool) -> list[ClaimedJob]:
         self._broker.begin("claim")
+        self._broker.idle_claims.append(idle)
         jobs = self._broker.claim(max_jobs, claim_token)
         self._broker.end("claim")
         return [replace(job) for job in jobs]
@@ -154,7 +162,8 @@ class FakeSession:
         self._broker.begin("flush")
         outcomes = tuple(self._broker.write(write) for write in writes)
         self._broker.end("flush")
-        return FlushResult(outcomes=outcomes, num_queued=len(self._broker.queued))
+        words, self._broker.words = tuple(self._broker.words), []
+        return FlushResult(outcomes=outcomes, num_queued=len(self._broker.queued), words=words)
 
     def renew(self, leases: Sequence[Lease]) -> set[str]:
         self._broker.begin("renew")
@@ -169,21 +178,38 @@ class FakeSession:
             self._broker.queued.append(lease.job_id)
         return len(ours)
 
+    def isolate(self, leases: Sequence[Lease]) -> int:
+        self._broker.begin("isolate")
+        self._broker.isolated += [lease.job_id for lease in leases]
+        return self.release(leases)
+
     def reap(self) -> None:
         self._broker.begin("reap")
 
-    def beat(self, activity: Activity) -> None:
+    def beat(self, activity: Activity) -> Order | None:
         self._broker.begin("beat")
         self._broker.activities.append(activity)
+        return self._broker.order
+
+    def order(self) -> Order | None:
+        self._broker.begin("order")
+        return self._broker.order
 
     def sign_off(self) -> None:
         self._broker.begin("sign_off")
         self._broker.signed_off.append(self._worker_id)
 
-    def wait_for_jobs(self, timeout_s: float) -> bool:
+    def wait_for_jobs(self, timeout_s: float) -> str | None:
         self._broker.begin("wait_for_jobs")
         assert timeout_s > 0
-        return bool(self._broker.queued)
+        if self._broker.words:
+            return self._broker.words.pop(0)
+        return "" if self._broker.queued else None
+
+    def wait_for_word(self, timeout_s: float) -> str | None:
+        self._broker.begin("wait_for_word")
+        assert timeout_s > 0
+        return self._broker.words.pop(0) if self._broker.words else None
 
 
 def chunk_write(lease: Lease, num_tokens: int, text: str = "x") -> ChunkWrite:

@@ -1,5 +1,6 @@
 """A fleet in memory, with a clock of its own: reading blocks by moving the clock."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mixfleet_broker.errors import BrokerUnavailableError, UnknownJobError
@@ -15,6 +16,7 @@ from mixfleet_broker.messages import (
     Usage,
 )
 from mixfleet_broker.records import JobInfo
+from mixfleet_broker.terms import JobTerms
 
 
 class FakeClock:
@@ -45,6 +47,9 @@ class FakeTransport:
         self.clock = clock
         self.answers = list(answers)
         self.jobs: dict[str, FakeJob] = {}
+        self.terms: list[JobTerms] = []
+        self.attended: list[str] = []
+        self.expired: list[str] = []
         self.cancelled: list[str] = []
         self.served: tuple[str, ...] = ("tiny",)
         self.workers = 1
@@ -57,8 +62,9 @@ class FakeTransport:
         self.closed = False
         self.read_calls = 0
 
-    def submit(self, job: ChatJob) -> int:
+    def submit(self, job: ChatJob, terms: JobTerms) -> int:
         self._check()
+        self.terms.append(terms)
         if job.job_id not in self.jobs:
             self.jobs[job.job_id] = FakeJob(job)
             if self.answers:
@@ -90,12 +96,20 @@ class FakeTransport:
             self.jobs[job_id].state = event.state
         return [(event_id, event)]
 
-    def cancel(self, job_id: str, model: str) -> None:
+    def attend(self, job_ids: Sequence[str]) -> None:
+        self._check()
+        self.attended += job_ids
+
+    def expire(self, job_id: str, model: str) -> None:
+        self._known(job_id, model)
+        self.expired.append(job_id)
+
+    def cancel(self, job_id: str, model: str, reason: str | None = None) -> None:
         job = self._known(job_id, model)
         self.cancelled.append(job_id)
         if job.state not in TERMINAL_STATES:
             job.events = [entry for entry in job.events if entry[0] <= self.clock.now]
-            self.schedule(job_id, [(0, JobEnd(state="canceled"))])
+            self.schedule(job_id, [(0, JobEnd(state="canceled", message=reason))])
 
     def position(self, job_id: str, model: str) -> int | None:
         return 0 if self._known(job_id, model).state == "queued" else None

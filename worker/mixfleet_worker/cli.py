@@ -41,6 +41,8 @@ MODEL_SETTINGS = (
     "drain_s",
     "max_losses",
     "result_ttl_s",
+    "ageing_s",
+    "key_prefix",
     "log_level",
 )
 """Settings of a worker that several workers may share."""

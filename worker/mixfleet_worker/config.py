@@ -10,6 +10,7 @@ from typing import cast
 
 from mixfleet_broker.errors import ConfigError
 from mixfleet_broker.settings import Settings
+from mixfleet_broker.terms import QueueRules
 from mixfleet_engine.config import Backend, EngineConfig, ModelConfig, WeightDtype
 from mixfleet_engine.sharding import check_sharing
 
@@ -31,11 +32,10 @@ class WorkerConfig:
     """None: the checkpoint's own."""
     simulated_step_s: float
     """How long a step of the simulated engine takes."""
-    lease_s: float
     stall_s: float
     drain_s: float
-    result_ttl_s: float
-    max_losses: int
+    rules: QueueRules
+    key_prefix: str
 
 
 def worker_config(
@@ -61,11 +61,10 @@ def worker_config(
         model_path=settings.model_path,
         chat_format=settings.chat_format,
         simulated_step_s=simulated_step_s,
-        lease_s=settings.lease_s,
         stall_s=settings.stall_s,
         drain_s=settings.drain_s,
-        result_ttl_s=settings.result_ttl_s,
-        max_losses=settings.max_losses,
+        rules=QueueRules.from_settings(settings),
+        key_prefix=settings.key_prefix,
     )
 
 

@@ -46,7 +46,12 @@ class IOFailed:
     error: Exception
 
 
-ToLoop = TakenJob | LostJob | Wake | IOFailed
+@dataclass(frozen=True, slots=True)
+class DrainOrdered:
+    """An operator told the worker to finish what it has and to end."""
+
+
+ToLoop = TakenJob | LostJob | Wake | DrainOrdered | IOFailed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +102,13 @@ class ReleaseJob:
     lease: Lease
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IsolateJob:
+    """Give the job back to be run alone, no blame: the engine failed on it or on a neighbour."""
+
+    lease: Lease
+
+
 @dataclass(frozen=True, slots=True)
 class StopClaiming:
     """The worker drains: take no more jobs."""
@@ -107,7 +119,7 @@ class Close:
     """Write what is left, release all that is held and end the thread."""
 
 
-ToIO = StepReport | ReleaseJob | StopClaiming | Close
+ToIO = StepReport | ReleaseJob | IsolateJob | StopClaiming | Close
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,8 @@ class HeldJob:
     lease: Lease
     renewed_at: float
     """When the lease was last known to be ours, on the worker's monotonic clock."""
+    alone: bool = False
+    """Nothing else may run beside it."""
     queue_s: float | None = None
     """How long the job had waited for us, see :func:`waited_s`."""
     sent: Write | None = None

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
 
-from mixfleet_broker.flush import WriteOutcome
+from mixfleet_broker.flush import FlushResult, WriteOutcome
 from mixfleet_broker.queue import Lease
 from mixfleet_worker.handoff import EndWrite, LostJob, ToLoop, Write
 from mixfleet_worker.held import HeldJob, waited_s
@@ -42,6 +42,7 @@ class Holdings:
         self._clock = clock
         self._jobs: dict[str, HeldJob] = {}
         self._to_release: list[Lease] = []
+        self._to_isolate: list[Lease] = []
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -51,7 +52,12 @@ class Holdings:
         """Whether anything is still to be written."""
         return any(job.has_writes for job in self._jobs.values())
 
-    def hold(self, lease: Lease) -> None:
+    @property
+    def has_lone_job(self) -> bool:
+        """Whether a job is held beside which nothing else may run."""
+        return any(job.alone for job in self._jobs.values())
+
+    def hold(self, lease: Lease, *, alone: bool = False) -> None:
         """Take a lease that was just claimed."""
         older = self._jobs.get(lease.job_id)
         if older is not None:
@@ -60,6 +66,7 @@ class Holdings:
         self._jobs[lease.job_id] = HeldJob(
             lease=lease,
             renewed_at=self._clock(),
+            alone=alone,
             queue_s=waited_s(lease.job_id, time.time()),
         )
 
@@ -84,18 +91,35 @@ class Holdings:
                 del self._jobs[lease.job_id]
             self._to_release.append(lease)
 
+    def isolate(self, lease: Lease) -> None:
+        """Give a job back to be run alone at the next :meth:`release`."""
+        if self.holds(lease):
+            del self._jobs[lease.job_id]
+        self._to_isolate.append(lease)
+
+    def revoke(self, job_id: str, token: str) -> None:
+        """Stop a job that somebody has ended, if this very run of it is held."""
+        job = self._jobs.get(job_id)
+        # A complete answer learns its fate by its own write.
+        if job is not None and job.lease.token == token and not job.has_end:
+            self._lose([job.lease])
+
     def let_go_all(self) -> None:
         """Give all jobs back to the queue at the next :meth:`release`."""
         self.let_go([job.lease for job in self._jobs.values()])
 
     def release(self) -> int:
         """Give back what was let go; return how many jobs that were still ours."""
-        if not self._to_release:
-            return 0
-        released = self._session.release(self._to_release)
-        logger.info("released jobs=%d worker_id=%s", released, self._worker_id)
-        self._to_release = []
-        return released
+        released = isolated = 0
+        if self._to_release:
+            released = self._session.release(self._to_release)
+            logger.info("released jobs=%d worker_id=%s", released, self._worker_id)
+            self._to_release = []
+        if self._to_isolate:
+            isolated = self._session.isolate(self._to_isolate)
+            logger.info("isolated jobs=%d worker_id=%s", isolated, self._worker_id)
+            self._to_isolate = []
+        return released + isolated
 
     def renew_all(self) -> None:
         """Prolong all leases."""
@@ -111,14 +135,14 @@ class Holdings:
         self._lose(old)
         self._to_release += old
 
-    def write(self, *, ask: bool) -> int | None:
+    def write(self, *, ask: bool) -> FlushResult | None:
         """Send one write of each job, all in one round trip.
 
         Args:
             ask: Make the round trip even with nothing to write.
 
         Returns:
-            How many jobs wait in the queue; None if there was no round trip.
+            What Redis answered; None if there was no round trip.
         """
         sent = [(job, write) for job in self._jobs.values() if (write := job.next_write())]
         if not (sent or ask):
@@ -136,7 +160,7 @@ class Holdings:
             else:
                 doubtful.append(job)
         self._resolve(doubtful)
-        return flushed.num_queued
+        return flushed
 
     def _resolve(self, doubtful: Sequence[HeldJob]) -> None:
         """Settle refused chunks: a refused one is fenced, or it is our own second copy.

@@ -111,6 +111,7 @@ class Intake:
             max_tokens=max_tokens,
             stop_token_ids=prompt.stop_token_ids,
             sampling=self._sampling_params(job),
+            deadline=_deadline(taken),
         )
         return AdmittedJob(lease=lease, request=request, text=text, claimed_at=taken.claimed_at)
 
@@ -180,6 +181,12 @@ def _check_delivered(taken: TakenJob) -> None:
         raise MessageError(
             f"the channel holds {num_read} tokens and says that it holds {num_delivered}"
         )
+
+
+def _deadline(taken: TakenJob) -> float | None:
+    """Return when the job must be complete, on the worker's and the engine's monotonic clock."""
+    left_s = taken.claimed.time_left_s
+    return None if left_s is None else taken.claimed_at + left_s
 
 
 def derived_seed(job_id: str) -> int:

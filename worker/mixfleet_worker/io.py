@@ -4,8 +4,9 @@ It claims jobs, keeps their leases, writes what the loop computed, and reaps the
 workers that died. All waiting for Redis happens here, so the decode never waits for it.
 
 One turn is: hear the loop, keep the leases, write, claim; and when there is nothing at all to
-do, wait for the queue's bell. While Redis is away the decode goes on and its chunks gather here,
-merged to one per job, until the lease of their job must be taken for lost.
+do, wait for the queue's bell. The write of each step brings back what others have to say: that a
+job is cancelled, or what an operator wants. While Redis is away the decode goes on and its chunks
+gather here, merged to one per job, until the lease of their job must be taken for lost.
 """
 
 import logging
@@ -16,10 +17,13 @@ from uuid import uuid4
 
 from mixfleet_broker.errors import BrokerError, BrokerUnavailableError, MessageError
 from mixfleet_broker.messages import JobEnd
+from mixfleet_broker.orders import READ_YOUR_ORDER, Order, cancelled_run
 from mixfleet_broker.queue import ClaimedJob
 from mixfleet_worker.handoff import (
+    DrainOrdered,
     EndWrite,
     IOFailed,
+    IsolateJob,
     JobTimes,
     Mailboxes,
     ReleaseJob,
@@ -82,7 +86,9 @@ class BrokerIO:
         self._duties_at = clock()
         self._shown: Activity | None = None
         self._jobs_wait = True
+        self._step_is_new = False
         self._claiming = True
+        self._order: Order | None = None
         self._closing = False
         self._backoff_s = 0.0
         self._retry_at = 0.0
@@ -117,8 +123,17 @@ class BrokerIO:
         self._hand_over()
         self._show_change()
         self._recovered()
-        if self._is_idle and self._may_claim:
-            self._session.wait_for_jobs(min(BELL_WAIT_S, self._period_s))
+        if self._is_idle and not self._closing:
+            self._wait_idly(min(BELL_WAIT_S, self._period_s))
+
+    def _wait_idly(self, wait_s: float) -> None:
+        word = None
+        if self._may_claim:
+            word = self._session.wait_for_jobs(wait_s)
+        elif self._is_paused:
+            word = self._session.wait_for_word(wait_s)
+        if word == READ_YOUR_ORDER:
+            self._obey_order(self._session.order())
 
     @property
     def _is_idle(self) -> bool:
@@ -126,7 +141,12 @@ class BrokerIO:
 
     @property
     def _may_claim(self) -> bool:
-        return self._claiming and not self._closing and not self._is_stalled
+        may = self._claiming and not self._closing and not self._is_stalled
+        return may and not self._is_paused and not self._holdings.has_lone_job
+
+    @property
+    def _is_paused(self) -> bool:
+        return self._claiming and self._order == "pause"
 
     @property
     def _is_stalled(self) -> bool:
@@ -138,7 +158,8 @@ class BrokerIO:
         """Return how long to wait for the loop; when idle, the bell is what is waited for."""
         if (pause_s := self._retry_at - self._clock()) > 0:
             return pause_s
-        if self._holdings.has_writes or (self._is_idle and self._may_claim):
+        waits_in_redis = self._is_idle and (self._may_claim or self._is_paused)
+        if self._holdings.has_writes or waits_in_redis:
             return 0.0
         return max(0.0, self._duties_at - self._clock())
 
@@ -150,10 +171,13 @@ class BrokerIO:
         if isinstance(item, StepReport):
             self._report = item
             self._reported_at = self._clock()
+            self._step_is_new = True
             for write in item.writes:
                 self._holdings.add(write)
         elif isinstance(item, ReleaseJob):
             self._holdings.let_go([item.lease])
+        elif isinstance(item, IsolateJob):
+            self._holdings.isolate(item.lease)
         elif isinstance(item, StopClaiming):
             self._claiming = False
         else:
@@ -183,12 +207,24 @@ class BrokerIO:
             logger.warning("reap refused worker_id=%s: %s", self._worker_id, error)
 
     def _activity(self) -> Activity:
-        return Activity(in_flight=len(self._holdings), draining=not self._claiming)
+        return Activity(
+            in_flight=len(self._holdings), draining=not self._claiming, paused=self._is_paused
+        )
 
     def _beat(self) -> None:
         activity = self._activity()
-        self._session.beat(activity)
+        order = self._session.beat(activity)
         self._shown = activity
+        self._obey_order(order)
+
+    def _obey_order(self, order: Order | None) -> None:
+        """Do what an operator wants. A drain does not turn back."""
+        if order == self._order:
+            return
+        logger.info("order %s worker_id=%s", order or "go on", self._worker_id)
+        self._order = order
+        if order == "drain":
+            self._to_loop.put(DrainOrdered())
 
     def _show_change(self) -> None:
         """Beat out of turn when the worker became busy, idle or draining."""
@@ -198,11 +234,26 @@ class BrokerIO:
     # Writing and claiming
 
     def _write(self) -> None:
-        """Send what there is to write; the question whether jobs wait rides along."""
-        ask = self._may_claim and not self._is_idle and self._free() > 0
-        num_queued = self._holdings.write(ask=ask)
-        if num_queued is not None:
-            self._jobs_wait = num_queued > 0
+        """Send what there is to write; whether jobs wait, and words for us, come back with it.
+
+        Each step asks, also one that has nothing to write: a cancel must not wait for a long
+        prefill.
+        """
+        ask = self._step_is_new and not self._is_idle
+        flushed = self._holdings.write(ask=ask)
+        if flushed is None:
+            return
+        self._step_is_new = False
+        self._jobs_wait = flushed.num_queued > 0
+        for word in flushed.words:
+            self._hear_word(word)
+
+    def _hear_word(self, word: str) -> None:
+        run = cancelled_run(word)
+        if run is not None:
+            self._holdings.revoke(*run)
+        elif word == READ_YOUR_ORDER:
+            self._obey_order(self._session.order())
 
     def _free(self) -> int:
         """Return the slots that no job takes, those on their way to the loop counted as taken."""
@@ -219,11 +270,11 @@ class BrokerIO:
         if self._claim_token is None:
             self._claim_token = uuid4().hex
         # The token is kept until a reply is seen: a repeated claim gives the same jobs.
-        jobs = self._session.claim(self._free(), self._claim_token)
+        jobs = self._session.claim(self._free(), self._claim_token, idle=self._is_idle)
         self._claim_token = None
         self._jobs_wait = bool(jobs)
         for job in jobs:
-            self._holdings.hold(job.lease)
+            self._holdings.hold(job.lease, alone=job.alone)
             self._unread.append(job)
 
     def _hand_over(self) -> None:
@@ -298,7 +349,7 @@ class BrokerIO:
 
     def _give_back(self) -> None:
         if self._claim_token is not None:  # jobs may be ours without our knowing
-            jobs = self._session.claim(1, self._claim_token)
+            jobs = self._session.claim(1, self._claim_token, idle=self._is_idle)
             self._claim_token = None
             self._holdings.let_go([job.lease for job in jobs])
         self._holdings.let_go_all()

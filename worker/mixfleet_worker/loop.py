@@ -15,8 +15,10 @@ from mixfleet_engine.errors import RequestRejectedError
 from mixfleet_engine.request import StepOutput
 from mixfleet_worker.handoff import (
     Close,
+    DrainOrdered,
     EndWrite,
     IOFailed,
+    IsolateJob,
     LostJob,
     Mailboxes,
     ReleaseJob,
@@ -122,6 +124,8 @@ class WorkerLoop:
                 same = taken.get(item.lease.job_id)
                 if same is not None and same.claimed.lease == item.lease:
                     del taken[item.lease.job_id]
+            elif isinstance(item, DrainOrdered):
+                self._num_stops = max(1, self._num_stops)
             elif isinstance(item, IOFailed):
                 raise item.error
         return list(taken.values()), lost
@@ -164,27 +168,40 @@ class WorkerLoop:
         return None
 
     def _step(self) -> tuple[list[StepOutput], list[EndWrite]]:
-        """Return the new tokens, or the ends of all jobs in flight if the engine raised."""
+        """Return the new tokens, or the end of the one job in flight if the engine raised on it."""
         if not self._engine.has_work:
             return [], []
         try:
             outputs = self._engine.step()
-        except Exception as error:  # a loop top: the jobs fail, the worker goes on
-            return [], self._fail_all(error)
+        except Exception as error:  # a loop top: the job fails, the worker goes on
+            return [], self._survive(error)
         self._engine_failed = False
         return outputs, []
 
-    def _fail_all(self, error: Exception) -> list[EndWrite]:
+    def _survive(self, error: Exception) -> list[EndWrite]:
+        """Return the end of the job that the engine failed on; of several nobody knows which.
+
+        So these go back to be run alone, one by one. The same holds for a job on which an engine
+        fails that has just failed: it may be broken for good.
+        """
+        job_ids = [lease.job_id for lease in self._publisher.leases]
+        logger.error(
+            "engine failed job_ids=%s worker_id=%s",
+            ",".join(job_ids),
+            self._worker_id,
+            exc_info=error,
+        )
+        ends = []
+        if len(job_ids) == 1 and not self._engine_failed:
+            ends = self._publisher.fail_all(ENGINE_FAILED, _described(error), self._clock())
+        for lease in self._publisher.leases:
+            self._to_io.put(IsolateJob(lease=lease))
+        for job_id in job_ids:
+            self._publisher.drop(job_id)
+            self._engine.abort(job_id)
         if self._engine_failed:
             raise EngineBrokenError(f"the engine failed twice in a row: {error}") from error
         self._engine_failed = True
-        ends = self._publisher.fail_all(ENGINE_FAILED, _described(error), self._clock())
-        job_ids = [end.lease.job_id for end in ends]
-        logger.exception(
-            "engine failed job_ids=%s worker_id=%s", ",".join(job_ids), self._worker_id
-        )
-        for job_id in job_ids:
-            self._engine.abort(job_id)
         return ends
 
     def _publish(self, ends: Sequence[Write], outputs: Sequence[StepOutput]) -> None:

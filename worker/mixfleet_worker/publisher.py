@@ -57,6 +57,11 @@ class Publisher:
         """Answers in flight."""
         return len(self._answers)
 
+    @property
+    def leases(self) -> list[Lease]:
+        """The leases of all answers in flight."""
+        return [answer.lease for answer in self._answers.values()]
+
     def lease_of(self, job_id: str) -> Lease | None:
         """Return the lease under which the job is in flight here, if it is."""
         answer = self._answers.get(job_id)

@@ -92,14 +92,10 @@ def serve(
             context_length=model.engine.context_length,
             started_at=started_at,
         )
-        queue = JobQueue(
-            redis,
-            config.model,
-            lease_s=config.lease_s,
-            result_ttl_s=config.result_ttl_s,
-            max_losses=config.max_losses,
+        queue = JobQueue(redis, config.model, config.rules, prefix=config.key_prefix)
+        registration = Registration(
+            redis, record, lease_s=config.rules.lease_s, prefix=config.key_prefix
         )
-        registration = Registration(redis, record, lease_s=config.lease_s)
         session = QueueSession(queue=queue, registration=registration)
         _run(config, model, session, parent_pid)
     logger.info("worker ended worker_id=%s", config.worker_id)
@@ -221,7 +217,7 @@ def _run(
         session=session,
         mailboxes=mailboxes,
         worker_id=config.worker_id,
-        lease_s=config.lease_s,
+        lease_s=config.rules.lease_s,
         stall_s=config.stall_s,
     )
     # A daemon, so that a Redis that swallows its last words cannot keep the process alive.
@@ -232,7 +228,7 @@ def _run(
         try:
             loop.run()
         finally:
-            thread.join(timeout=config.lease_s)
+            thread.join(timeout=config.rules.lease_s)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 from mixfleet_broker.channel import delivered_tokens
 from mixfleet_broker.flush import Flush, FlushResult
+from mixfleet_broker.orders import Order, order_of, wait_for_word
 from mixfleet_broker.queue import ClaimedJob, JobQueue, Lease
 from mixfleet_broker.registry import Registration
 from mixfleet_worker.handoff import EndWrite, Write
@@ -20,12 +21,15 @@ class Activity:
 
     in_flight: int
     draining: bool
+    paused: bool = False
 
     @property
-    def state(self) -> Literal["idle", "busy", "draining"]:
+    def state(self) -> Literal["idle", "busy", "paused", "draining"]:
         """The moment in one word."""
         if self.draining:
             return "draining"
+        if self.paused:
+            return "paused"
         return "busy" if self.in_flight else "idle"
 
 
@@ -36,8 +40,11 @@ class Session(Protocol):
     whether or not the first call had its effect.
     """
 
-    def claim(self, max_jobs: int, claim_token: str) -> list[ClaimedJob]:
-        """Lease up to ``max_jobs`` jobs; the same token gives the same jobs again."""
+    def claim(self, max_jobs: int, claim_token: str, *, idle: bool) -> list[ClaimedJob]:
+        """Lease up to ``max_jobs`` jobs; the same token gives the same jobs again.
+
+        Only an idle worker may get a job that is to be run alone.
+        """
         ...
 
     def delivered_tokens(self, job_id: str) -> tuple[int, ...]:
@@ -49,7 +56,7 @@ class Session(Protocol):
         ...
 
     def flush(self, writes: Sequence[Write]) -> FlushResult:
-        """Send the writes, at most one of each job, in one round trip."""
+        """Send the writes, at most one of each job, in one round trip; fetch words along."""
         ...
 
     def renew(self, leases: Sequence[Lease]) -> set[str]:
@@ -60,20 +67,32 @@ class Session(Protocol):
         """Give the jobs back to the queue without blame; return how many were still ours."""
         ...
 
+    def isolate(self, leases: Sequence[Lease]) -> int:
+        """Give the jobs back to be run alone, without blame; return how many were still ours."""
+        ...
+
     def reap(self) -> None:
         """Put the jobs of ended leases, anybody's, back into the queue."""
         ...
 
-    def beat(self, activity: Activity) -> None:
-        """Say that this worker lives."""
+    def beat(self, activity: Activity) -> Order | None:
+        """Say that this worker lives; return what it is told to do."""
+        ...
+
+    def order(self) -> Order | None:
+        """Return what this worker is told to do."""
         ...
 
     def sign_off(self) -> None:
         """Say that this worker is gone."""
         ...
 
-    def wait_for_jobs(self, timeout_s: float) -> bool:
-        """Wait for the bell; whether it rang."""
+    def wait_for_jobs(self, timeout_s: float) -> str | None:
+        """Wait for the bell (an empty text) or a word; None when neither came."""
+        ...
+
+    def wait_for_word(self, timeout_s: float) -> str | None:
+        """Wait for a word; None when none came."""
         ...
 
 
@@ -91,17 +110,17 @@ class QueueSession:
         self._registration = registration
         self._worker_id = registration.record.worker_id
 
-    def claim(self, max_jobs: int, claim_token: str) -> list[ClaimedJob]:
+    def claim(self, max_jobs: int, claim_token: str, *, idle: bool) -> list[ClaimedJob]:
         """See :meth:`Session.claim`."""
-        return self._queue.claim(self._worker_id, max_jobs, claim_token)
+        return self._queue.claim(self._worker_id, max_jobs, claim_token, idle=idle)
 
     def delivered_tokens(self, job_id: str) -> tuple[int, ...]:
         """See :meth:`Session.delivered_tokens`."""
-        return delivered_tokens(self._queue.redis, job_id)
+        return delivered_tokens(self._queue.redis, job_id, prefix=self._queue.prefix)
 
     def flush(self, writes: Sequence[Write]) -> FlushResult:
         """See :meth:`Session.flush`."""
-        flush = Flush(self._queue)
+        flush = Flush(self._queue, self._worker_id)
         for write in writes:
             if isinstance(write, EndWrite):
                 flush.finish(write.lease, write.end, write.chunk)
@@ -117,6 +136,10 @@ class QueueSession:
         """See :meth:`Session.release`."""
         return self._queue.release(leases)
 
+    def isolate(self, leases: Sequence[Lease]) -> int:
+        """See :meth:`Session.isolate`."""
+        return self._queue.isolate(leases)
+
     def reap(self) -> None:
         """See :meth:`Session.reap`."""
         reaped = self._queue.reap()
@@ -128,14 +151,23 @@ class QueueSession:
                 self._worker_id,
             )
 
-    def beat(self, activity: Activity) -> None:
+    def beat(self, activity: Activity) -> Order | None:
         """See :meth:`Session.beat`."""
-        self._registration.beat(state=activity.state, in_flight=activity.in_flight)
+        return self._registration.beat(state=activity.state, in_flight=activity.in_flight)
+
+    def order(self) -> Order | None:
+        """See :meth:`Session.order`."""
+        return order_of(self._queue.redis, self._worker_id, prefix=self._queue.prefix)
 
     def sign_off(self) -> None:
         """See :meth:`Session.sign_off`."""
         self._registration.deregister()
 
-    def wait_for_jobs(self, timeout_s: float) -> bool:
+    def wait_for_jobs(self, timeout_s: float) -> str | None:
         """See :meth:`Session.wait_for_jobs`."""
-        return self._queue.wait_for_jobs(timeout_s)
+        return self._queue.wait_for_jobs_or_word(self._worker_id, timeout_s)
+
+    def wait_for_word(self, timeout_s: float) -> str | None:
+        """See :meth:`Session.wait_for_word`."""
+        queue = self._queue
+        return wait_for_word(queue.redis, self._worker_id, timeout_s, prefix=queue.prefix)

@@ -149,7 +149,7 @@ class Fleet:
         """Start a worker and wait until it takes jobs, however long its model loads."""
         with _step() as done, connect(url) as redis:
             process = supervisor.start(number)
-            while not _is_among(process, live_workers(redis)):
+            while not _is_among(process, live_workers(redis, prefix=self.settings.key_prefix)):
                 status = process.poll()
                 if status is not None:
                     raise UpError(

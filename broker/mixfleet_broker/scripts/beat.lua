@@ -1,19 +1,23 @@
+-- uses:
 -- A worker says that it lives, in our registry and in rq's; the dead are taken out of the lists.
 --
 -- KEYS[1]  rq's list of the queue
 -- ARGV     1 model, 2 worker id, 3 ms until the worker counts as gone, 4 ms until a model that
---          nobody serves is forgotten, 5 birth as rq writes it, 6 number of the following that are
---          field, value, ... of our record; the rest are field, value, ... of rq's
--- Result   1
+--          nobody serves is forgotten, 5 birth as rq writes it, 6 jobs that it takes at once, 0 while it
+--          takes none, 7 number of the following that are field, value, ... of our record; the rest
+--          are field, value, ... of rq's
+-- Result   what an operator told it to do: pause, drain, or false
 -- Keeps    both records of a worker go at the same moment; a worker that starts anew under an old
 --          name starts with rq's counters at 0.
 
 local worker_id, ttl_ms, birth = ARGV[2], tonumber(ARGV[3]), ARGV[5]
-local last_of_ours = 6 + tonumber(ARGV[6])
+local last_of_ours = 7 + tonumber(ARGV[7])
 local ours, rqs = key.worker(worker_id), key.rq_worker(worker_id)
 
-redis.call('HSET', ours, unpack(ARGV, 7, last_of_ours))
+redis.call('HSET', ours, unpack(ARGV, 8, last_of_ours))
 redis.call('PEXPIRE', ours, ttl_ms)
+redis.call('HSET', key.capacity(model), worker_id, ARGV[6] .. ' ' .. whole(now_ms + ttl_ms))
+redis.call('EXPIRE', key.capacity(model), 86400)
 
 if redis.call('HGET', rqs, 'birth') ~= birth then
   redis.call('DEL', rqs)
@@ -39,4 +43,6 @@ for _, silent in ipairs(redis.call('ZRANGEBYSCORE', key.workers(), '-inf', now_m
     end
   end
 end
-return 1
+-- An order lives as long as its worker.
+redis.call('PEXPIRE', key.order(worker_id), ttl_ms)
+return redis.call('GET', key.order(worker_id))

@@ -1,17 +1,19 @@
+-- uses: outcome rates
 -- End a job from inside: the last chunk, the end and the state are one step, so no next worker
 -- can find an answer that is whole and not ended.
 --
 -- KEYS[1]  rq's list of the queue
 -- ARGV     1 model, 2 job id, 3 token, 4 run, 5 finished | failed, 6 body of the end,
 --          7 body of the last chunk or '', 8 tokens of the answer with it, 9 tokens in it,
---          10 result ttl s, 11 failure ttl s, 12 exc_string for rq's tools or '',
---          13 finish reason or '', 14 prompt tokens, 15 completion tokens
+--          10 result ttl s, 11 failure ttl s, 12 finish reason or '', 13 prompt tokens,
+--          14 completion tokens
 -- Result   1 done, also by an earlier call of this run; 0 the run is not the job's any more;
 --          -1 the last chunk does not follow what was delivered, nothing was changed
 -- Keeps    a job ends once; its channel holds tokens 1..n once each and one end.
 
 local job_id, token, run, status = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local v = job_fields(job_id, 'mf_token', 'status', 'worker_name', 'mf_request')
+local v = job_fields(job_id, 'mf_token', 'status', 'worker_name', 'mf_request', 'mf_attempt', 'mf_bytes',
+  'mf_tenant', 'mf_class', 'mf_cost')
 if v[1] ~= token then return 0 end
 if v[2] == 'finished' or v[2] == 'failed' then return 1 end
 if v[2] ~= 'started' then return 0 end
@@ -28,21 +30,6 @@ if ARGV[7] ~= '' then
   end -- otherwise the chunk came before, by an append whose reply was lost
 end
 
-local BASE64 = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/'
-local function base64(bytes)
-  local out = {}
-  for i = 1, #bytes, 3 do
-    local a, b, c = string.byte(bytes, i, i + 2)
-    local bits = a * 65536 + (b or 0) * 256 + (c or 0)
-    for shift = 0, 3 do
-      local at = math.floor(bits / 64 ^ (3 - shift)) % 64 + 1
-      local padding = (shift == 2 and not b) or (shift == 3 and not c)
-      out[#out + 1] = padding and '=' or string.sub(BASE64, at, at)
-    end
-  end
-  return table.concat(out)
-end
-
 -- The return value for an rq producer, in its JSON serializer.
 local function return_value()
   local text = {}
@@ -50,25 +37,51 @@ local function return_value()
     local fields = event[2]
     if fields[2] == 't' then text[#text + 1] = cmsgpack.unpack(fields[4]).t end
   end
-  return base64(cjson.encode({text = table.concat(text), finish_reason = ARGV[13],
-    prompt_tokens = tonumber(ARGV[14]), completion_tokens = tonumber(ARGV[15])}))
+  return base64(cjson.encode({text = table.concat(text), finish_reason = ARGV[12],
+    prompt_tokens = tonumber(ARGV[13]), completion_tokens = tonumber(ARGV[14])}))
+end
+
+-- What the tenant was charged was a guess: put right what its next job pays.
+local function correct_charge(num_tokens)
+  local tenant, class, cost = v[7], tonumber(v[8] or nil), tonumber(v[9] or nil)
+  if not (tenant and class and cost) then return end
+  local tags = key.tags(model, class)
+  local tag = redis.call('ZSCORE', tags, tenant)
+  if not tag then return end
+  local weight = tonumber(redis.call('HGET', key.weights(), tenant) or 1)
+  redis.call('ZADD', tags, math.max(0, tag + (num_tokens - cost) / weight), tenant)
+end
+
+local function learn_from_this()
+  local prompt_tokens, answer_tokens = tonumber(ARGV[13]), tonumber(ARGV[14])
+  correct_charge(prompt_tokens + answer_tokens)
+  -- A run that went on with another's answer says nothing of how long one takes.
+  if v[5] ~= '1' then return end
+  local samples = {service_ms = math.max(1, now_ms - tonumber(run)), answer_tokens = answer_tokens}
+  local bytes = tonumber(v[6] or nil)
+  if bytes and bytes > 0 and prompt_tokens > 0 then samples.bytes_per_token = bytes / prompt_tokens end
+  learn(samples)
 end
 
 local worker_id = v[3] or ''
-local result = {'type', status == 'finished' and 1 or 2,
-  'worker_name', worker_id, 'execution_id', token}
+local is_stock = not v[4]
 local ttl_s, counter = ARGV[10], 'successful_job_count'
+drop_lease(job_id, token)
 if status == 'failed' then
   ttl_s, counter = ARGV[11], 'failed_job_count'
-  result[#result + 1] = 'exc_string'
-  result[#result + 1] = ARGV[12]
-elseif not v[4] then
-  result[#result + 1] = 'return_value'
-  result[#result + 1] = return_value()
+  note_run(job_id, worker_id, 'failed', tonumber(ARGV[8]))
+  local said = cmsgpack.unpack(ARGV[6])
+  record_result(job_id, ttl_s, 'type', 2, 'worker_name', worker_id, 'execution_id', token,
+    'exc_string', exc_string(said.c .. ': ' .. (said.m or '')))
+elseif is_stock then
+  record_result(job_id, ttl_s, 'type', 1, 'worker_name', worker_id, 'execution_id', token,
+    'return_value', return_value())
+else
+  -- The answer is in the channel; a result of rq's that says nothing would cost a stream.
+  redis.call('DEL', key.results(job_id))
 end
-drop_lease(job_id, token)
 settle(job_id, status, ARGV[6], tonumber(ttl_s), tonumber(ARGV[10]))
-record_result(job_id, ttl_s, unpack(result))
+if status == 'finished' then learn_from_this() end
 -- Only where the worker is registered: a counter alone would be a key without a time to live.
 if redis.call('EXISTS', key.rq_worker(worker_id)) == 1 then
   redis.call('HINCRBY', key.rq_worker(worker_id), counter, 1)

@@ -1,58 +1,55 @@
--- Take runs from workers: those whose lease is over (lost, counted), or those that a worker hands
--- back (released, no blame). Their jobs go back to their place in the order.
+-- uses: outcome order mirror losses
+-- House-keeping that anybody may do and somebody must (mode `lost`), or a worker hands runs back.
+--
+-- `lost`: take runs whose lease is over from their workers, end jobs whose time is over, let jobs
+-- that waited for long move up, sweep out what is over. `released`: runs that a worker does not
+-- finish, no blame. `isolated`: runs among which the engine failed, each to be run alone, no blame.
 --
 -- KEYS[1]  rq's list of the queue
--- ARGV     1 model, 2 lost | released, 3 limit, 4 losses after which a job has failed,
---          5 body of that end, 6 exc_string of it for rq's tools, 7 body of a cancelled job's end,
---          8 result ttl s, 9 failure ttl s, then for `released` pairs of job id and token
--- Result   {ids back in the queue, ids that failed}
+-- ARGV     1 model, 2 lost | released | isolated, 3 limit of each kind of work, 4 losses after which
+--          a job has failed, 5 result ttl s, 6 failure ttl s, 7 ms after which a job moves up a
+--          class, then for released and isolated pairs of job id and token
+-- Result   {ids back in the queue, ends as of claim}
 -- Keeps    a run that was taken is in no place that holds runs; registries hold no member whose
---          time is over.
+--          time is over; what waits and what is counted as waiting are the same.
 
-local by_loss, requeued, failed = ARGV[2] == 'lost', {}, {}
+local mode, limit = ARGV[2], tonumber(ARGV[3])
+limits = {max_losses = tonumber(ARGV[4]), result_ttl_s = ARGV[5], failure_ttl_s = ARGV[6]}
 
-local function put_back(job_id, score)
-  redis.call('HSET', key.job(job_id), 'status', 'queued', 'started_at', '', 'worker_name', '',
-    'mf_token', '')
-  redis.call('ZADD', key.ready(model), score, job_id)
-  redis.call('LPUSH', KEYS[1], job_id)
-  -- What its readers have must outlive the wait, and yet not a job that rq's tools delete.
-  redis.call('EXPIRE', key.channel(job_id), ARGV[9])
-  ring()
-  requeued[#requeued + 1] = job_id
+-- Whoever is counted as waiting and waits nowhere was removed by somebody who does not count: a few
+-- are looked at each time.
+local function recount()
+  local sample = redis.call('HRANDFIELD', key.waiting(model), 8)
+  for _, job_id in ipairs(sample) do
+    if not redis.call('ZSCORE', key.ready(model), job_id)
+      and not redis.call('ZSCORE', key.suspects(model), job_id) then
+      leave(job_id)
+    end
+  end
 end
 
-local function fail(job_id)
-  redis.call('HSET', key.job(job_id), 'mf_token', '')
-  settle(job_id, 'failed', ARGV[5], tonumber(ARGV[9]), tonumber(ARGV[8]))
-  record_result(job_id, ARGV[9], 'type', 2, 'exc_string', ARGV[6])
-  failed[#failed + 1] = job_id
-end
-
-local function take_back(job_id, token)
-  local v = job_fields(job_id, 'mf_token', 'status', 'mf_score')
-  drop_lease(job_id, token)
-  if v[1] ~= token then return end
-  if v[2] == 'canceled' then settle_foreign_cancel(job_id, ARGV[7]) end
-  if v[2] ~= 'started' then return end
-  local losses = 0
-  if by_loss then losses = redis.call('HINCRBY', key.job(job_id), 'mf_losses', 1) end
-  if by_loss and losses >= tonumber(ARGV[4]) then fail(job_id) else put_back(job_id, v[3]) end
-end
-
-if by_loss then
-  local over = redis.call('ZRANGEBYSCORE', key.leases(model), '-inf', whole(now_ms),
-    'LIMIT', 0, ARGV[3])
-  for _, member in ipairs(over) do
-    local job_id, token = string.match(member, '^(.*):([^:]*)$')
-    -- A stranger's member names no run; left there it would come up again for ever.
-    if job_id then take_back(job_id, token) else redis.call('ZREM', key.leases(model), member) end
+local function forget_the_gone()
+  local entries = redis.call('HGETALL', key.capacity(model))
+  for i = 1, #entries, 2 do
+    local until_ms = string.match(entries[i + 1], ' (%d+)$')
+    if not until_ms or tonumber(until_ms) < now_ms then
+      redis.call('HDEL', key.capacity(model), entries[i])
+    end
   end
   for _, registry in ipairs({key.finished(model), key.failed(model), key.canceled(model)}) do
     redis.call('ZREMRANGEBYSCORE', registry, 0, now_s)
   end
+end
+
+if mode == 'lost' then
+  reap_leases(limit)
+  expire_due(limit)
+  move_up(ARGV[7], limit)
+  sweep_list(limit)
+  recount()
+  forget_the_gone()
 else
   -- From the back, so that the list's head ends up in the order given.
-  for i = #ARGV - 1, 10, -2 do take_back(ARGV[i], ARGV[i + 1]) end
+  for i = #ARGV - 1, 8, -2 do take_back(ARGV[i], ARGV[i + 1], mode) end
 end
-return {requeued, failed}
+return {requeued, ended}

@@ -1,10 +1,11 @@
+-- uses: outcome order mirror losses
 -- Extend a worker's leases and tell it which of its runs are not its own any more.
 --
 -- KEYS[1]  rq's list of the queue
--- ARGV     1 model, 2 worker id, 3 lease ms, 4 body of a cancelled job's end, then pairs of job id
---          and token
--- Result   the job ids that are lost: cancelled, reaped, ended or gone
--- Keeps    a run that is told to be lost is in no place that holds runs.
+-- ARGV     1 model, 2 worker id, 3 lease ms, then pairs of job id and token
+-- Result   {job ids that are lost: cancelled, reaped, ended or gone; ends as of claim}
+-- Keeps    a run that is told to be lost is in no place that holds runs; a job whose reader is to be
+--          there and is gone ends here.
 
 local lease_ms, lost, now = tonumber(ARGV[3]), {}, iso_now()
 
@@ -20,16 +21,21 @@ local function extend(job_id, token)
   redis.call('EXPIRE', key.channel(job_id), RUN_TTL_S)
 end
 
-for i = 5, #ARGV, 2 do
+for i = 4, #ARGV, 2 do
   local job_id, token = ARGV[i], ARGV[i + 1]
-  local v = job_fields(job_id, 'mf_token', 'status')
-  if v[1] == token and v[2] == 'started' then
+  local v = job_fields(job_id, 'mf_token', 'status', 'mf_attended')
+  local mine = v[1] == token and v[2] == 'started'
+  if mine and not reader_is_gone(job_id, v[3]) then
     extend(job_id, token)
   else
     lost[#lost + 1] = job_id
     drop_lease(job_id, token)
-    if v[1] == token and v[2] == 'canceled' then settle_foreign_cancel(job_id, ARGV[4]) end
+    if mine then
+      cancel_unread(job_id)
+    elseif v[1] == token and v[2] == 'canceled' then
+      settle_foreign_cancel(job_id)
+    end
   end
 end
 redis.call('EXPIRE', key.worker_executions(ARGV[2]), RUN_TTL_S)
-return lost
+return {lost, ended}

@@ -16,6 +16,7 @@ from mixfleet_broker.errors import (
     PromptTooLongError,
     QueueFullError,
     StreamTimeoutError,
+    TenantQueueFullError,
     WorkerLostError,
     error_from_end,
 )
@@ -100,8 +101,10 @@ def test_what_may_be_tried_again_says_so() -> None:
     assert retryable == {
         "BrokerUnavailableError",
         "BrokerFullError",
+        "NotDurableError",
         "QueueFullError",
         "StreamTimeoutError",
+        "TenantQueueFullError",
     }
 
 
@@ -109,6 +112,13 @@ def test_errors_carry_their_numbers() -> None:
     full = QueueFullError(model="tiny", depth=10, limit=10)
     assert (full.depth, full.limit) == (10, 10)
     assert str(full) == "the queue of tiny is full: 10 jobs wait, the limit is 10"
+    share = TenantQueueFullError(
+        model="tiny", tenant="t", depth=7, limit=5, unit="tokens", retry_after_s=2.0
+    )
+    assert (share.tenant, share.unit, share.depth, share.limit) == ("t", "tokens", 7, 5)
+    assert str(share) == (
+        "7 tokens of t wait in the queue of tiny, the limit is 5; try again in 2 s"
+    )
     late = StreamTimeoutError(job_id="job1", what="token", limit_s=2.5)
     assert str(late) == "job job1: no token within 2.5 s"
     assert (late.job_id, late.limit_s) == ("job1", 2.5)

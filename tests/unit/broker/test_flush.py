@@ -10,12 +10,13 @@ from mixfleet_broker.errors import (
     BrokerUnavailableError,
     MessageError,
 )
-from mixfleet_broker.finishing import exc_string, finish_args, finish_outcome
+from mixfleet_broker.finishing import finish_args, finish_outcome
 from mixfleet_broker.flush import WriteOutcome, append_outcome
 from mixfleet_broker.messages import JobEnd
 from mixfleet_broker.queue import Lease
 from mixfleet_broker.redis_errors import redis_errors
-from support.queue_jobs import DONE, chunk
+from mixfleet_broker.terms import QueueRules
+from support.queue_jobs import chunk
 
 REFUSAL = "The ID specified in XADD is equal or smaller than the target stream top item"
 LEASE = Lease(job_id="job1", token="t-7", run=7)
@@ -68,9 +69,4 @@ def test_a_chunk_without_tokens_cannot_be_appended() -> None:
 
 def test_a_worker_cannot_cancel_by_finishing() -> None:
     with pytest.raises(MessageError, match="use cancel"):
-        finish_args(LEASE, JobEnd(state="canceled"), None, result_ttl_s=1, failure_ttl_s=1)
-
-
-def test_only_a_failure_has_a_reason_for_rqs_tools() -> None:
-    assert exc_string(DONE) == b""
-    assert exc_string(JobEnd(state="failed", code="engine_failed", message="boom")) != b""
+        finish_args(LEASE, JobEnd(state="canceled"), None, QueueRules())

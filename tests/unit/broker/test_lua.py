@@ -62,10 +62,21 @@ def test_a_script_names_every_argument_that_it_reads(name: ScriptName) -> None:
     assert read <= named
 
 
-def test_only_submit_is_refused_by_a_full_server() -> None:
+def test_only_what_adds_jobs_is_refused_by_a_full_server() -> None:
     for name in SCRIPT_NAMES:
         first_line = script_text(name, with_flags=True).splitlines()[0]
-        assert first_line == ("#!lua" if name == "submit" else "#!lua flags=allow-oom")
+        adds = name in ("submit", "requeue")
+        assert first_line == ("#!lua" if adds else "#!lua flags=allow-oom")
+
+
+def test_a_prefix_stands_before_every_key() -> None:
+    for name in SCRIPT_NAMES:
+        plain = script_text(name, with_flags=True)
+        prefixed = script_text(name, with_flags=True, prefix="{a}:")
+        expected = plain.replace("return 'rq:", "return '{a}:rq:")
+        assert prefixed == expected.replace("return 'mixfleet:", "return '{a}:mixfleet:")
+        digests = {script_digest(name, with_flags=True, prefix=prefix) for prefix in ("", "{a}:")}
+        assert len(digests) == 2
 
 
 def test_an_old_server_gets_no_flags() -> None:

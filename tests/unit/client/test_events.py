@@ -11,6 +11,7 @@ from mixfleet_broker.errors import (
 )
 from mixfleet_broker.messages import ChatJob, JobEnd, JobEvent, RunStarted, TokenChunk
 from mixfleet_broker.records import JobInfo
+from mixfleet_broker.terms import JobTerms
 from support.fake_transport import FakeClock, FakeTransport, answer, chunk, fleet
 
 PATIENCE = Patience(silence_s=30.0)
@@ -24,7 +25,7 @@ def reader_of(
     after: str | None = None,
 ) -> EventReader:
     if "a" not in transport.jobs:
-        transport.submit(ChatJob(job_id="a", model="tiny", prompt="x"))
+        transport.submit(ChatJob(job_id="a", model="tiny", prompt="x"), JobTerms())
     return EventReader(
         transport,
         "a",

@@ -10,6 +10,7 @@ from mixfleet.errors import (
 )
 from mixfleet_broker.messages import ChatJob, SamplingSettings
 from mixfleet_broker.settings import Settings
+from mixfleet_broker.terms import JobTerms
 from support.fake_transport import FakeClock, FakeTransport, answer, fleet
 
 
@@ -174,9 +175,9 @@ def test_times_count_from_before_the_submit() -> None:
     transport, clock = fleet(answer("a", delay_s=1.0))
     original = transport.submit
 
-    def slow_submit(job: ChatJob) -> int:
+    def slow_submit(job: ChatJob, terms: JobTerms) -> int:
         clock.sleep(3.0)
-        return original(job)
+        return original(job, terms)
 
     transport.submit = slow_submit  # type: ignore[method-assign]
     assert client_of(transport, clock).chat("x").result().ttft_s == 5.0

@@ -19,6 +19,7 @@ from mixfleet_broker.messages import (
     TokenChunk,
     Usage,
 )
+from mixfleet_broker.terms import JobTerms
 from support.fake_transport import FakeClock, FakeTransport, answer, chunk, fleet
 
 
@@ -30,7 +31,7 @@ def stream_of(
     is_owner: bool = True,
 ) -> ChatStream:
     if "a" not in transport.jobs:
-        transport.submit(ChatJob(job_id="a", model="tiny", prompt="x"))
+        transport.submit(ChatJob(job_id="a", model="tiny", prompt="x"), JobTerms())
     return ChatStream(
         transport,
         "a",

@@ -146,12 +146,14 @@ def test_a_busy_worker_does_not_claim_while_nobody_waits() -> None:
     assert worker.broker.calls == ["flush"]
 
 
-def test_a_full_worker_asks_for_nothing() -> None:
+def test_a_full_worker_claims_nothing_and_asks_for_words_at_each_step() -> None:
     worker = Fixture(slots=1)
     worker.take("a")
     worker.broker.calls.clear()
     worker.turn(free_slots=0)
-    assert worker.broker.calls == []
+    assert worker.broker.calls == ["flush"]
+    worker.io.turn()  # no step since then
+    assert worker.broker.calls == ["flush"]
 
 
 def test_only_an_idle_worker_waits_for_the_bell() -> None:
@@ -322,7 +324,7 @@ def test_a_stuck_loop_loses_its_leases_and_gets_no_jobs() -> None:
     worker.broker.calls.clear()
     worker.clock.now += STALL_S + 1
     worker.io.turn()
-    assert worker.broker.calls == ["reap", "beat"]
+    assert worker.broker.calls == ["reap", "beat", "flush"]
     assert worker.broker.queued == ["b"]
 
 

@@ -13,8 +13,10 @@ from mixfleet_engine.request import GenerateRequest, StepOutput
 from mixfleet_engine.simulated import SimulatedEngine
 from mixfleet_worker.handoff import (
     Close,
+    DrainOrdered,
     EndWrite,
     IOFailed,
+    IsolateJob,
     LostJob,
     Mailboxes,
     ReleaseJob,
@@ -281,22 +283,49 @@ def test_an_answer_that_was_delivered_whole_ends_without_a_step() -> None:
     assert end.end.usage == Usage(prompt_tokens=21, completion_tokens=3)
 
 
-def test_an_engine_error_fails_the_jobs_in_flight_and_the_worker_goes_on(
+def test_an_engine_error_fails_the_one_job_in_flight_and_the_worker_goes_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     worker = Fixture(FailingEngine(2))
     worker.give("a", max_tokens=9)
-    worker.give("b", max_tokens=9)
     with caplog.at_level(logging.ERROR):
         ends = ends_of(worker.run_out())
-    assert {job_id: end.end.code for job_id, end in ends.items()} == {
-        "a": "engine_failed",
-        "b": "engine_failed",
-    }
+    assert {job_id: end.end.code for job_id, end in ends.items()} == {"a": "engine_failed"}
     assert "device lost" in (ends["a"].end.message or "")
-    assert "job_ids=a,b" in caplog.text
+    assert "job_ids=a " in caplog.text
     worker.give("c", max_tokens=3)
     assert ends_of(worker.run_out())["c"].end.state == "finished"
+
+
+def test_of_several_jobs_none_is_failed_by_an_engine_error_but_each_is_to_run_alone() -> None:
+    worker = Fixture(FailingEngine(2))
+    worker.give("a", max_tokens=9)
+    worker.give("b", max_tokens=9)
+    worker.loop.tick(0.0)
+    worker.loop.tick(0.0)
+    said = worker.said()
+    isolated = [item.lease.job_id for item in said if isinstance(item, IsolateJob)]
+    assert isolated == ["a", "b"]
+    assert not ends_of([w for item in said if isinstance(item, StepReport) for w in item.writes])
+    assert not worker.engine.has_work
+
+
+def test_a_job_on_which_an_engine_fails_that_has_just_failed_is_not_blamed() -> None:
+    worker = Fixture(FailingEngine(1, 2))
+    worker.give("a")
+    worker.loop.tick(0.0)
+    worker.give("b")
+    with pytest.raises(EngineBrokenError):
+        worker.loop.run()
+    said = worker.said()
+    assert [item.lease.job_id for item in said if isinstance(item, IsolateJob)] == ["b"]
+
+
+def test_an_ordered_drain_is_a_drain() -> None:
+    worker = Fixture()
+    worker.mailboxes.to_loop.put(DrainOrdered())
+    worker.loop.run()
+    assert any(isinstance(item, StopClaiming) for item in worker.said())
 
 
 def test_engine_errors_with_good_steps_between_do_not_end_the_worker() -> None:
