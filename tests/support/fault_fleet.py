@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -10,6 +10,7 @@ from typing import Any, Self
 from redis import Redis
 
 from mixfleet import ChatResult, Client
+from mixfleet_broker.channel import ended
 from mixfleet_broker.settings import resolve
 from support import fault_worker
 from support.invariants import Expected, violations
@@ -60,6 +61,11 @@ class FaultWorker(WorkerProcess):
         """Wait until it has stopped itself."""
         until(lambda: self.is_stopped, f"worker {self.worker_id} has stopped: {self.log}")
 
+    @property
+    def num_known_losses(self) -> int:
+        """Runs of which it has understood that they are not its own any more."""
+        return self.log.count("lease gone") + self.log.count("state=lost")
+
     def wake_engine(self) -> None:
         """Let an engine that hangs go on."""
         self.process.send_signal(signal.SIGUSR1)
@@ -91,14 +97,18 @@ class Fleet:
             self.num_started += 1
             self.workers.append(self._start(f"w{self.num_started}").__enter__())
 
-    def until(self, condition: Callable[[], bool], what: str, limit_s: float = 30.0) -> None:
-        """Wait for ``condition`` and tend the fleet meanwhile."""
+    def tend_until_ended(
+        self, redis: Redis, job_ids: Collection[str], limit_s: float = 30.0
+    ) -> None:
+        """Wait until all jobs have ended and tend the fleet meanwhile."""
+        left = set(job_ids)
 
-        def holds() -> bool:
+        def all_ended() -> bool:
             self.tend()
-            return condition()
+            left.difference_update([job_id for job_id in left if ended(redis, job_id)])
+            return not left
 
-        until(holds, what, limit_s)
+        until(all_ended, f"the jobs {left} have ended", limit_s)
 
     def __enter__(self) -> Self:
         self.tend()
