@@ -1,6 +1,7 @@
 """F5: a job that kills every worker that runs it, in a full batch."""
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 from redis import Redis
@@ -52,6 +53,6 @@ def test_a_poison_job_kills_three_workers_at_most_and_no_neighbour(
 
 def _history(redis: Redis, job_id: str) -> list[tuple[str, str]]:
     [data] = redis.hmget(JOB(job_id), "mf_history")
-    history = unpack(data)
+    history = unpack(cast("bytes", data))
     assert isinstance(history, list)
     return [(run["w"], run["r"]) for run in history]
