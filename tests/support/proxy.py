@@ -27,9 +27,11 @@ class _Connection:
     """Nothing is carried any more, and nobody is told."""
 
     def abort(self) -> None:
-        # A reset and no orderly end.
-        linger = struct.pack("ii", 1, 0)
-        self.client.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        """Cut it with a reset and no orderly end; harmless where it is cut already."""
+        if not self.client.is_closing():
+            linger = struct.pack("ii", 1, 0)
+            client = self.client.get_extra_info("socket")
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.client.transport.abort()
         self.server.transport.abort()
 
