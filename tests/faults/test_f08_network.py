@@ -28,6 +28,8 @@ pytestmark = pytest.mark.slow
 
 QUESTIONS = ("first question", "second question", "third question")
 STEP_S = 0.02
+SLOWER_STEP = ("--simulated", "--simulated-step-s", "0.4")
+"""An answer takes eight leases."""
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def test_lost_replies_cost_time_and_nothing_else(
         WorkerProcess(network.url, "w1", tmp_path, *FAST_STEP),
         WorkerProcess(network.url, "w2", tmp_path, *FAST_STEP),
     ):
-        network.loss = 0.05
+        network.loss = 0.1
         asked = Asked(client, *(f"question {number}" for number in range(40)))
         asked.read_all()
         network.loss = 0.0
@@ -77,7 +79,7 @@ def test_a_worker_that_is_cut_off_is_replaced_and_what_it_had_sent_arrives_in_va
 ) -> None:
     with (
         WorkerProcess(redis_url, "heir", tmp_path, *FAST_STEP),
-        FaultWorker(network.url, "cut-off", tmp_path, *SLOW_STEP) as lost,
+        FaultWorker(network.url, "cut-off", tmp_path, *SLOWER_STEP) as lost,
     ):
         give_order(redis, "heir", "pause")
         asked = Asked(client, *QUESTIONS)

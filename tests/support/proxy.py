@@ -125,10 +125,8 @@ class Proxy:
         self._server.close()
         for connection in tuple(self._connections):
             connection.abort()
-        tasks = tuple(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self._flows.set()
+        await asyncio.gather(*self._tasks)
         await asyncio.sleep(0)  # lets the transports close what they have
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
