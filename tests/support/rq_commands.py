@@ -71,6 +71,12 @@ def clean(redis: Redis, queue: str) -> int:
     return StartedJobRegistry(queue, connection=redis).count
 
 
+def clean_for_ever(redis: Redis, queue: str) -> None:
+    """A janitor that never rests."""
+    while True:
+        clean_registries(Queue(queue, connection=redis))
+
+
 def empty(redis: Redis, queue: str) -> int:
     jobs: Any = Queue(queue, connection=redis)
     return int(jobs.empty())
@@ -80,7 +86,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     command.__name__: command
     for command in (
         *(version, enqueue, enqueue_pickled, status, describe, return_value, failure),
-        *(cancel, delete, requeue, clean, empty),
+        *(cancel, delete, requeue, clean, clean_for_ever, empty),
     )
 }
 

@@ -117,17 +117,26 @@ local function start(job_id, fields, alone)
   give(job_id, token, run, num_tokens)
 end
 
+-- Whether a job that was in the order is to be run. A stock rq worker that somebody pointed at our
+-- queue calls it started, and failed a moment later: all that it can do is to refuse.
+local function still_waits(job_id, status, token)
+  if status == 'queued' then return true end
+  if (status ~= 'started' and status ~= 'failed') or (token and token ~= '') then return false end
+  local _, _, is_ended = channel_tail(job_id)
+  return not is_ended
+end
+
 local function take(job_id, alone)
   leave(job_id)
   list_remove(job_id)
   -- rq itself makes no other ids; a stranger's would only break those who read it.
   if #job_id > 128 or not string.match(job_id, '^[%w_%-]+$') then return end
   local v = job_fields(job_id, 'status', 'mf_request', 'data', 'mf_attempt', 'mf_losses', 'mf_end_by',
-    'mf_start_by', 'mf_attended')
+    'mf_start_by', 'mf_attended', 'mf_token')
   local start_by = tonumber(v[7] or nil)
   if v[1] == 'canceled' then
     settle_foreign_cancel(job_id)
-  elseif v[1] ~= 'queued' or not (v[2] or v[3]) then
+  elseif not (still_waits(job_id, v[1], v[9]) and (v[2] or v[3])) then
     return
   elseif (tonumber(v[6] or nil) or math.huge) <= now_ms
     or (start_by and start_by <= now_ms and (tonumber(v[4]) or 0) == 0) then

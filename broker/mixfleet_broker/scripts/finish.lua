@@ -15,6 +15,7 @@ local job_id, token, run, status = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local v = job_fields(job_id, 'mf_token', 'status', 'worker_name', 'mf_request', 'mf_attempt', 'mf_bytes',
   'mf_tenant', 'mf_class', 'mf_cost')
 if v[1] ~= token then return 0 end
+v[2] = true_status(job_id, v[2], token)
 if v[2] == 'finished' or v[2] == 'failed' then return 1 end
 if v[2] ~= 'started' then return 0 end
 

@@ -24,6 +24,7 @@ end
 for i = 4, #ARGV, 2 do
   local job_id, token = ARGV[i], ARGV[i + 1]
   local v = job_fields(job_id, 'mf_token', 'status', 'mf_attended')
+  if v[1] == token then v[2] = true_status(job_id, v[2], token) end
   local mine = v[1] == token and v[2] == 'started'
   if mine and not reader_is_gone(job_id, v[3]) then
     extend(job_id, token)

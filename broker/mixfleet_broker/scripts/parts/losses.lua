@@ -35,7 +35,7 @@ local function take_back(job_id, token, reason)
   drop_lease(job_id, token)
   if v[1] ~= token then return end
   if v[2] == 'canceled' then settle_foreign_cancel(job_id) end
-  if v[2] ~= 'started' then return end
+  if true_status(job_id, v[2], token) ~= 'started' then return end
   local _, num_tokens = channel_tail(job_id)
   note_run(job_id, v[3], reason, num_tokens)
   if reason ~= 'lost' then return put_back(job_id, reason, reason == 'isolated') end

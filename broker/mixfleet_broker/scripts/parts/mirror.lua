@@ -78,4 +78,6 @@ local function sweep_list(limit)
     list_remove(job_id)
     redis.call('SREM', key.unlisted(model), job_id)
   end
+  -- Where rq's tools took the last one.
+  if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('DEL', key.list_base(model)) end
 end

@@ -89,6 +89,20 @@ local function settle_foreign_cancel(job_id)
   end
 end
 
+-- A stock rq worker that somebody pointed at our queue fails what it takes out of rq's list, also
+-- when a run of ours has it: that is not for it to say. Returns the true status of a run's job.
+local function true_status(job_id, status, token)
+  if status ~= 'failed' or not token or token == '' then return status end
+  local last_ms, _, is_ended = channel_tail(job_id)
+  if last_ms == 0 or is_ended then return status end
+  redis.call('HSET', key.job(job_id), 'status', 'started', 'ended_at', '',
+    'worker_name', redis.call('HGET', key.execution(job_id, token), 'worker_name') or '')
+  redis.call('PERSIST', key.job(job_id))
+  redis.call('ZREM', key.failed(model), job_id)
+  redis.call('DEL', key.results(job_id))
+  return 'started'
+end
+
 local BASE64 = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/'
 local function base64(bytes)
   local out = {}
