@@ -1,4 +1,4 @@
--- uses: outcome order mirror losses
+-- uses: privileged outcome order mirror losses
 -- Give a worker up to n jobs, first in the order first.
 --
 -- KEYS[1]  rq's list of the queue

@@ -1,4 +1,4 @@
--- uses: outcome rates
+-- uses: privileged outcome rates
 -- End a job from inside: the last chunk, the end and the state are one step, so no next worker
 -- can find an answer that is whole and not ended.
 --

@@ -1,4 +1,4 @@
--- uses: outcome order mirror losses
+-- uses: privileged outcome order mirror losses
 -- House-keeping that anybody may do and somebody must (mode `lost`), or a worker hands runs back.
 --
 -- `lost`: take runs whose lease is over from their workers, end jobs whose time is over, let jobs

@@ -1,4 +1,4 @@
--- uses: outcome order mirror losses
+-- uses: privileged outcome order mirror losses
 -- Extend a worker's leases and tell it which of its runs are not its own any more.
 --
 -- KEYS[1]  rq's list of the queue
