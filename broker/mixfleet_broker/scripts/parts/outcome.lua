@@ -66,14 +66,15 @@ end
 
 -- End a job: its state, its registry, its times to live and its last event.
 local function settle(job_id, status, body, ttl_s, channel_ttl_s)
-  redis.call('HSET', key.job(job_id), 'status', status, 'ended_at', iso_now())
+  local said = cmsgpack.unpack(body)
+  redis.call('HSET', key.job(job_id), 'status', status, 'ended_at', iso_now(),
+    'mf_reason', said.c or said.r or '', 'mf_message', said.m or '')
   redis.call('HDEL', key.job(job_id), 'mf_place')
   redis.call('EXPIRE', key.job(job_id), ttl_s)
   redis.call('ZADD', key[status](model), now_s + ttl_s, job_id)
   redis.call('ZREM', key.deadlines(model), job_id)
   redis.call('DEL', key.reader(job_id))
   say_end(job_id, body, channel_ttl_s)
-  local said = cmsgpack.unpack(body)
   ended[#ended + 1] = {job_id, status, said.c or said.r or '', said.m or ''}
 end
 
