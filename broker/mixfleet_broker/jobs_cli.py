@@ -23,6 +23,8 @@ from mixfleet_broker.settings import Settings
 from mixfleet_broker.shown import format_age
 from mixfleet_broker.terms import QueueRules
 
+ID_WIDTH = 32
+"""An id is there to be copied: it is never shortened."""
 STATES = ("queued", "started", "finished", "failed", "canceled")
 
 
@@ -148,7 +150,10 @@ def _all_failed(redis: Redis, settings: Settings) -> list[str]:
 
 def _table(rows: Sequence[JobRow]) -> Table:
     now = time.time()
-    table = Table("job", "model", "tenant", "priority", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("job", no_wrap=True, min_width=ID_WIDTH)
+    for heading in ("model", "tenant", "priority"):
+        table.add_column(heading, overflow="fold")
     for heading in ("age", "worker", "runs", "lost", "reason"):
         table.add_column(heading, overflow="fold")
     for row in rows:

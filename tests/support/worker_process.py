@@ -30,8 +30,16 @@ def until(condition: Callable[[], bool], what: str, limit_s: float = 20.0) -> No
 class WorkerProcess:
     """`python -m mixfleet_worker` with a short lease; killed at the end of the block."""
 
-    def __init__(self, url: str, worker_id: str, directory: Path, *arguments: str | Path) -> None:
+    def __init__(
+        self,
+        url: str,
+        worker_id: str,
+        directory: Path,
+        *arguments: str | Path,
+        key_prefix: str = "",
+    ) -> None:
         self.worker_id = worker_id
+        self._key_prefix = key_prefix
         self.log_file = directory / f"{worker_id}.log"
         self._redis_url = url
         self._command = [
@@ -52,8 +60,8 @@ class WorkerProcess:
     def record(self) -> WorkerRecord | None:
         """What the worker says of itself in the registry."""
         with Redis.from_url(self._redis_url) as redis:
-            records = [record for record in workers(redis) if record.worker_id == self.worker_id]
-        return records[0] if records else None
+            records = workers(redis, prefix=self._key_prefix)
+        return next((record for record in records if record.worker_id == self.worker_id), None)
 
     def __enter__(self) -> Self:
         with self.log_file.open("wb") as log:
