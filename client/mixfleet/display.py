@@ -111,15 +111,15 @@ class NoteHandler(logging.Handler):
 
 def waiting_line(info: JobInfo) -> str:
     """Return what is happening to a job that has said nothing yet, in a few words."""
-    if info.outlook == "no_worker":
-        return "queued, no worker serves this model yet"
-    if info.outlook == "paused":
-        return "queued, the workers are paused"
     if info.outlook == "suspect":
         return "queued, to be run alone: workers that ran it died"
     if info.position is None:
         return "reading the prompt"
     line = f"queued, position {info.position + 1}"
+    if info.outlook == "no_worker":
+        return f"{line}, no worker yet"
+    if info.outlook == "paused":
+        return f"{line}, the workers are paused"
     return line if info.eta_s is None else f"{line}, about {format_age(info.eta_s)}"
 
 

@@ -53,6 +53,8 @@ local function enter_foreign(job_id, place)
       'mf_cost', entry.cost, 'mf_answer', entry.answer, 'mf_tenant', entry.tenant,
       'mf_score', whole(score))
     redis.call('HSETNX', key.job(job_id), 'mf_at', whole(now_ms))
+    -- rq's producers write the whole call into it, and rq's tools show it.
+    redis.call('HSET', key.job(job_id), 'description', 'chat')
   end
 end
 
@@ -122,11 +124,13 @@ local function take(job_id, alone)
   -- rq itself makes no other ids; a stranger's would only break those who read it.
   if #job_id > 128 or not string.match(job_id, '^[%w_%-]+$') then return end
   local v = job_fields(job_id, 'status', 'mf_request', 'data', 'mf_attempt', 'mf_losses', 'mf_end_by',
-    'mf_start_by', 'mf_attended')
+    'mf_start_by', 'mf_attended', 'mf_token')
   local start_by = tonumber(v[7] or nil)
-  if v[1] == 'canceled' then
-    settle_foreign_cancel(job_id)
-  elseif v[1] ~= 'queued' or not (v[2] or v[3]) then
+  -- A worker of rq's own that died on a job of ours leaves it started, and held by nobody.
+  local is_orphan = v[1] == 'started' and v[2] and (v[9] or '') == ''
+  if v[1] ~= 'queued' and not is_orphan then
+    settle_foreign_end(job_id, v[1])
+  elseif not (v[2] or v[3]) then
     return
   elseif (tonumber(v[6] or nil) or math.huge) <= now_ms
     or (start_by and start_by <= now_ms and (tonumber(v[4]) or 0) == 0) then

@@ -15,10 +15,13 @@ local job_id, token, run, status = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local v = job_fields(job_id, 'mf_token', 'status', 'worker_name', 'mf_request', 'mf_attempt', 'mf_bytes',
   'mf_tenant', 'mf_class', 'mf_cost')
 if v[1] ~= token then return 0 end
-if v[2] == 'finished' or v[2] == 'failed' then return 1 end
-if v[2] ~= 'started' then return 0 end
+local last_ms, delivered, is_ended = channel_tail(job_id)
+if (v[2] == 'finished' or v[2] == 'failed') and is_ended then return 1 end
+if v[2] ~= 'started' then
+  settle_foreign_end(job_id, v[2])
+  return 0
+end
 
-local last_ms, delivered = channel_tail(job_id)
 if ARGV[7] ~= '' then
   local num_tokens, num_new = tonumber(ARGV[8]), tonumber(ARGV[9])
   if num_tokens - num_new == delivered then

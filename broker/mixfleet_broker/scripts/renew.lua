@@ -32,8 +32,8 @@ for i = 4, #ARGV, 2 do
     drop_lease(job_id, token)
     if mine then
       cancel_unread(job_id)
-    elseif v[1] == token and v[2] == 'canceled' then
-      settle_foreign_cancel(job_id)
+    elseif v[1] == token then
+      settle_foreign_end(job_id, v[2])
     end
   end
 end

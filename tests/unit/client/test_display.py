@@ -182,8 +182,8 @@ def a_standing(**changes: Any) -> JobInfo:
         ({}, "queued, position 3"),
         ({"eta_s": 12.3}, "queued, position 3, about 12 s"),
         ({"eta_s": 0.0}, "queued, position 3, about 0.0 s"),
-        ({"outlook": "no_worker"}, "queued, no worker serves this model yet"),
-        ({"outlook": "paused"}, "queued, the workers are paused"),
+        ({"outlook": "no_worker"}, "queued, position 3, no worker yet"),
+        ({"outlook": "paused"}, "queued, position 3, the workers are paused"),
         (
             {"outlook": "suspect", "position": None},
             "queued, to be run alone: workers that ran it died",

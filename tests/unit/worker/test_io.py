@@ -585,7 +585,7 @@ def test_a_slot_that_is_not_yet_free_is_waited_for_at_the_loop_not_at_the_bell()
     worker.broker.words = [f"c:a:{lease.token}"]
     worker.broker.calls.clear()
     worker.turn(free_slots=0)
-    assert worker.broker.calls == ["flush"]
+    assert worker.broker.calls == ["flush", "beat"]  # it became idle
     worker.turn(free_slots=1)
     assert worker.broker.calls[-1] == "wait_for_jobs"
 

@@ -1,6 +1,7 @@
 -- How a run stops and how a job ends: its channel, its lease, its state, its registry.
 
 local CANCELED_TTL_S = 300
+local FAILED_TTL_S = 86400 -- where a stranger failed it
 -- As readers of the channel accept them; ms of the clock have 13.
 local MAX_RUN_DIGITS = 15
 local MAX_HISTORY = 16
@@ -82,11 +83,17 @@ local function cancel_body(message)
   return cmsgpack.pack({s = 'canceled', m = message})
 end
 
--- rq's own Job.cancel knows nothing of channels and sets no time to live: make up for it.
-local function settle_foreign_cancel(job_id)
+-- rq's own tools and workers know nothing of channels, and a cancel of theirs sets no time to live:
+-- make up for it where they have ended a job.
+local function settle_foreign_end(job_id, status)
+  if status ~= 'canceled' and status ~= 'failed' then return end
   local _, _, is_ended = channel_tail(job_id)
-  if not is_ended then
-    settle(job_id, 'canceled', cancel_body("cancelled with rq's tools"), CANCELED_TTL_S, CANCELED_TTL_S)
+  if is_ended then return end
+  if status == 'canceled' then
+    settle(job_id, status, cancel_body("cancelled with rq's tools"), CANCELED_TTL_S, CANCELED_TTL_S)
+  else
+    local body = cmsgpack.pack({s = status, c = 'failed', m = "rq's own worker or tools failed it"})
+    settle(job_id, status, body, FAILED_TTL_S, FAILED_TTL_S)
   end
 end
 
