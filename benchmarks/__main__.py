@@ -6,7 +6,7 @@ The engine's benchmark installs its peers, which takes long, so it runs only by 
 import importlib
 import sys
 
-BENCHMARKS = ("fleet", "engine", "quality")
+BENCHMARKS = ("fleet", "engine", "quality", "broker")
 
 
 def main() -> None:
