@@ -266,7 +266,8 @@ RATES: Final = Key(
     type="hash",
     writers="finish",
     lifetime="7 days after the last finished job",
-    meaning="means over finished jobs: service_ms, answer_tokens, bytes_per_token; samples",
+    meaning="means over finished jobs: service_ms, answer_tokens, expected_tokens (of the answer, "
+    "before it ran), bytes_per_token; and their number, samples",
 )
 CAPACITY: Final = Key(
     name="capacity",

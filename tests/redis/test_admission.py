@@ -243,7 +243,12 @@ def slow(redis: Redis, service_s: float) -> None:
     """Let the fleet have measured that a job of ten tokens takes so long."""
     redis.hset(
         RATES(MODEL),
-        mapping={"samples": 100, "service_ms": service_s * 1000, "answer_tokens": 10},
+        mapping={
+            "samples": 100,
+            "service_ms": service_s * 1000,
+            "answer_tokens": 10,
+            "expected_tokens": 10,
+        },
     )
 
 

@@ -74,9 +74,10 @@ local function eta_ms(rank, answers_ahead)
   if num_slots == 0 then return -1 end
   local free = num_slots - redis.call('ZCARD', key.leases(model))
   if rank < free then return 0 end
-  local service_ms, answer = rate('service_ms'), rate('answer_tokens')
-  if not service_ms or not answer then return -1 end
+  local service_ms, expected = rate('service_ms'), rate('expected_tokens')
+  if not service_ms or not expected then return -1 end
+  -- What was expected of those ahead beside what was expected of those that were measured.
   local length = 1
-  if rank > 0 then length = answers_ahead / rank / math.max(1, answer) end
+  if rank > 0 then length = answers_ahead / rank / math.max(1, expected) end
   return math.floor((rank + 1 - math.max(0, free)) * length * service_ms / num_slots)
 end
