@@ -174,7 +174,13 @@ class JobQueue:
     # For workers
 
     def claim(
-        self, worker_id: str, max_jobs: int, claim_token: str, *, idle: bool = True
+        self,
+        worker_id: str,
+        max_jobs: int,
+        claim_token: str,
+        *,
+        idle: bool = True,
+        reaps: bool = True,
     ) -> list[ClaimedJob]:
         """Lease up to ``max_jobs`` jobs, first in the order first.
 
@@ -184,6 +190,7 @@ class JobQueue:
             claim_token: New for each claim, and the same when a claim is repeated because its
                 reply was lost: then it gives the jobs of the first call and no others.
             idle: Whether the worker has no job now: only then it may get one to be run alone.
+            reaps: Whether jobs of ended leases are among those that it may get, see :meth:`reap`.
         """
         check_worker_id(worker_id)
         check_job_id(claim_token)  # the same characters, and above all no colon
@@ -204,6 +211,7 @@ class JobQueue:
             STOCK_CLASS,
             DEFAULT_TENANT,
             STOCK_TOKENS,
+            int(reaps),
         )
         read_ends(ends, model=self.model)
         return [self._claimed_job(reply) for reply in replies]

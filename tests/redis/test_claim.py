@@ -184,6 +184,17 @@ def test_a_reap_takes_no_more_than_its_limit(redis: Redis) -> None:
     assert [len(queue.reap(limit=2).requeued) for _ in range(4)] == [2, 2, 1, 0]
 
 
+def test_a_claim_takes_over_jobs_of_ended_leases_unless_it_is_told_not_to(redis: Redis) -> None:
+    queue = JobQueue(redis, MODEL)
+    lost = submit_and_claim(queue, "w1")
+    end_all_leases(redis)
+    assert queue.claim("w2", 1, "c2", reaps=False) == []
+    assert queue.renew("w1", [lost.lease]) == set()
+    end_all_leases(redis)
+    [found] = queue.claim("w2", 1, "c3")
+    assert (found.lease.job_id, found.num_losses) == (lost.lease.job_id, 1)
+
+
 def test_a_live_lease_is_not_reaped(redis: Redis) -> None:
     queue = JobQueue(redis, MODEL)
     submit_and_claim(queue)

@@ -55,6 +55,8 @@ class FakeBroker:
         self.activities: list[Activity] = []
         self.idle_claims: list[bool] = []
         """Of each claim, whether the worker said that it was idle."""
+        self.reaping_claims: list[bool] = []
+        """Of each claim, whether it was to take jobs of ended leases too."""
         self.isolated: list[str] = []
         self.alone: set[str] = set()
         """Jobs that are to run alone."""
@@ -149,9 +151,12 @@ class FakeSession:
         self._broker = broker
         self._worker_id = worker_id
 
-    def claim(self, max_jobs: int, claim_token: str, *, idle: bool) -> list[ClaimedJob]:
+    def claim(
+        self, max_jobs: int, claim_token: str, *, idle: bool, reaps: bool = True
+    ) -> list[ClaimedJob]:
         self._broker.begin("claim")
         self._broker.idle_claims.append(idle)
+        self._broker.reaping_claims.append(reaps)
         jobs = self._broker.claim(max_jobs, claim_token)
         self._broker.end("claim")
         return [replace(job) for job in jobs]

@@ -14,6 +14,12 @@ def alive(pid: int) -> bool:
     return fields is not None and fields[0] not in "ZX"
 
 
+def stopped(pid: int) -> bool:
+    """Whether the process was stopped by a signal."""
+    fields = _status(pid)
+    return fields is not None and fields[0] == "T"
+
+
 def environment_of(pid: int) -> dict[str, str]:
     """The environment that a process was started with."""
     pairs = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")

@@ -1,10 +1,11 @@
-"""A real server on a unix socket, once per session, and empty for each test.
+"""A real server on a unix socket: once per session, and empty for each test; or one to be broken.
 
 A folder's conftest takes what it needs: ``from support.redis_server import redis as redis``, with
 ``redis_server`` and ``redis_url``, on which it depends.
 """
 
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -22,10 +23,16 @@ from redis.retry import Retry
 from mixfleet_broker.server_binary import find_server
 
 START_LIMIT_S = 20.0
+EVERYSEC = ("--appendonly", "yes", "--appendfsync", "everysec")
+ALWAYS = ("--appendonly", "yes", "--appendfsync", "always")
 
 
 class RedisServer:
-    """A server without persistence in a directory of its own, as a context manager."""
+    """A server in a directory of its own, as a context manager.
+
+    Args:
+        options: Of the server; without any it keeps nothing.
+    """
 
     def __init__(self, *options: str) -> None:
         # Not pytest's tmp_path: a socket's path may have about a hundred characters.
@@ -35,13 +42,44 @@ class RedisServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
+    def socket(self) -> Path:
+        return self._socket
+
+    @property
     def url(self) -> str:
         return f"unix://{self._socket}"
+
+    @property
+    def process(self) -> "subprocess.Popen[bytes]":
+        assert self._process is not None
+        return self._process
 
     def client(self) -> Redis:
         return Redis.from_url(self.url)
 
+    def kill(self) -> None:
+        """End it as a crash does; its files stay."""
+        self.process.kill()
+        self.process.wait()
+
+    def lose_everything(self) -> None:
+        """Forget what a killed server had on disk."""
+        shutil.rmtree(self._directory / "appendonlydir", ignore_errors=True)
+
+    def pause(self) -> None:
+        """Stop it where it is, as a machine that sleeps."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self.process.send_signal(signal.SIGCONT)
+
     def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """Start it, or start it again on what it had kept, at the same place."""
         command = [str(find_server()), "--port", "0", "--unixsocket", str(self._socket)]
         command += ["--dir", str(self._directory), "--save", "", "--appendonly", "no"]
         command += self._options
@@ -51,7 +89,6 @@ class RedisServer:
         except BaseException:
             self.__exit__(None, None, None)
             raise
-        return self
 
     def __exit__(
         self,

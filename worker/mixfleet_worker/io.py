@@ -84,6 +84,8 @@ class BrokerIO:
         self._report: StepReport | None = None
         self._reported_at = clock()
         self._duties_at = clock()
+        self._answered_at = clock()
+        self._spares_until = clock()
         self._shown: Activity | None = None
         self._jobs_wait = True
         self._step_is_new = False
@@ -117,12 +119,14 @@ class BrokerIO:
             self._sit_out(error)
 
     def _work(self) -> None:
+        self._note_absence()
         self._keep_leases()
         self._write()
         self._claim()
         self._hand_over()
         self._show_change()
         self._recovered()
+        self._answered_at = self._clock()
         if self._waits_in_redis:
             self._wait_idly(min(BELL_WAIT_S, self._period_s))
 
@@ -132,7 +136,8 @@ class BrokerIO:
 
         Such as when a job was taken away and its slot is not yet free.
         """
-        return self._is_idle and (self._is_paused or (self._may_claim and self._free() > 0))
+        may_wait = self._is_paused or (self._may_claim and self._free() > 0)
+        return self._is_idle and may_wait and not self._closing
 
     def _wait_idly(self, wait_s: float) -> None:
         session = self._session
@@ -198,7 +203,8 @@ class BrokerIO:
             return
         if not self._is_stalled:
             self._holdings.renew_all()
-        self._reap()
+        if self._may_reap:
+            self._reap()
         self._beat()
         self._duties_at = now + self._period_s
 
@@ -275,7 +281,9 @@ class BrokerIO:
         if self._claim_token is None:
             self._claim_token = uuid4().hex
         # The token is kept until a reply is seen: a repeated claim gives the same jobs.
-        jobs = self._session.claim(self._free(), self._claim_token, idle=self._is_idle)
+        jobs = self._session.claim(
+            self._free(), self._claim_token, idle=self._is_idle, reaps=self._may_reap
+        )
         self._claim_token = None
         self._jobs_wait = bool(jobs)
         for job in jobs:
@@ -316,6 +324,20 @@ class BrokerIO:
         self._retry_at = now + self._next_backoff_s()
         self._holdings.give_up_older_than(now - self._lease_s)
 
+    def _note_absence(self) -> None:
+        """Spare the leases of others for a while where they may have ended for want of Redis.
+
+        It was away for the others too, and they are as alive as this worker: without this the first
+        to come back would take the jobs of all others, and blame the jobs for it.
+        """
+        now = self._clock()
+        if now - self._answered_at > 2 * self._period_s:
+            self._spares_until = now + self._lease_s
+
+    @property
+    def _may_reap(self) -> bool:
+        return self._clock() >= self._spares_until
+
     def _next_backoff_s(self) -> float:
         self._backoff_s = min(LAST_BACKOFF_S, 2 * self._backoff_s or FIRST_BACKOFF_S)
         # Jitter: a fleet must not come back all at once.
@@ -354,7 +376,9 @@ class BrokerIO:
 
     def _give_back(self) -> None:
         if self._claim_token is not None:  # jobs may be ours without our knowing
-            jobs = self._session.claim(1, self._claim_token, idle=self._is_idle)
+            jobs = self._session.claim(
+                1, self._claim_token, idle=self._is_idle, reaps=self._may_reap
+            )
             self._claim_token = None
             self._holdings.let_go([job.lease for job in jobs])
         self._holdings.let_go_all()

@@ -40,10 +40,13 @@ class Session(Protocol):
     whether or not the first call had its effect.
     """
 
-    def claim(self, max_jobs: int, claim_token: str, *, idle: bool) -> list[ClaimedJob]:
+    def claim(
+        self, max_jobs: int, claim_token: str, *, idle: bool, reaps: bool = True
+    ) -> list[ClaimedJob]:
         """Lease up to ``max_jobs`` jobs; the same token gives the same jobs again.
 
-        Only an idle worker may get a job that is to be run alone.
+        Only an idle worker may get a job that is to be run alone, and only one that ``reaps`` a job
+        whose lease has ended.
         """
         ...
 
@@ -110,9 +113,11 @@ class QueueSession:
         self._registration = registration
         self._worker_id = registration.record.worker_id
 
-    def claim(self, max_jobs: int, claim_token: str, *, idle: bool) -> list[ClaimedJob]:
+    def claim(
+        self, max_jobs: int, claim_token: str, *, idle: bool, reaps: bool = True
+    ) -> list[ClaimedJob]:
         """See :meth:`Session.claim`."""
-        return self._queue.claim(self._worker_id, max_jobs, claim_token, idle=idle)
+        return self._queue.claim(self._worker_id, max_jobs, claim_token, idle=idle, reaps=reaps)
 
     def delivered_tokens(self, job_id: str) -> tuple[int, ...]:
         """See :meth:`Session.delivered_tokens`."""

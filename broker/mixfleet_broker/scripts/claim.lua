@@ -5,7 +5,8 @@
 -- ARGV     1 model, 2 worker id, 3 n, 4 lease ms, 5 claim token, 6 body of the run's first event,
 --          7 whether the worker has no job now (1 or 0), 8 losses after which a job has failed,
 --          9 result ttl s, 10 failure ttl s, 11 ms after which a job moves up a class,
---          12 class of jobs that rq producers enqueued, 13 tenant of them, 14 tokens expected of them
+--          12 class of jobs that rq producers enqueued, 13 tenant of them, 14 tokens expected of them,
+--          15 whether runs whose lease is over are taken from their workers (1 or 0)
 -- Result   {jobs, ends}: jobs a list of {job id, token, run, tokens delivered, attempt, losses, from rq
 --          (0/1), request (msgpack) or rq's data, alone (0/1), ms until it must be complete or -1};
 --          ends a list of {job id, status, code, message} of jobs that ended instead
@@ -177,7 +178,7 @@ if redis.call('EXISTS', claim) == 1 then
   give_again()
   return {claimed, ended}
 end
-reap_leases(LIMIT)
+if ARGV[15] == '1' then reap_leases(LIMIT) end
 expire_due(LIMIT)
 if redis.call('EXISTS', key.suspended(), key.order(worker_id)) > 0 then return {claimed, ended} end
 

@@ -323,11 +323,15 @@ def test_a_cancelled_job_in_prefill_is_found_at_the_renewal() -> None:
 def test_a_stuck_loop_loses_its_leases_and_gets_no_jobs() -> None:
     worker = Fixture(slots=2)
     worker.take("a")
+    stuck_since = worker.clock.now
+    while worker.clock.now <= stuck_since + STALL_S:
+        worker.clock.now += LEASE_S / 3
+        worker.io.turn()
     worker.broker.push("b")
     worker.broker.calls.clear()
-    worker.clock.now += STALL_S + 1
+    worker.clock.now += LEASE_S / 3
     worker.io.turn()
-    assert worker.broker.calls == ["reap", "beat", "flush"]
+    assert worker.broker.calls == ["reap", "beat"]
     assert worker.broker.queued == ["b"]
 
 
@@ -410,6 +414,31 @@ def test_a_complete_answer_outlives_an_outage_longer_than_the_lease() -> None:
     worker.turn()
     assert worker.broker.jobs["a"].text == "whole"
     assert len(worker.broker.jobs["a"].ends) == 1
+
+
+@pytest.mark.parametrize(("away_s", "spares"), [(LEASE_S / 2, False), (LEASE_S, True)])
+def test_after_an_outage_in_which_leases_may_have_ended_those_of_others_are_spared(
+    away_s: float, spares: bool
+) -> None:
+    worker = Fixture()
+    worker.turn()
+    worker.broker.is_down = True
+    worker.clock.now += away_s
+    worker.turn()
+    worker.broker.is_down = False
+    worker.clock.now += 1
+    worker.broker.calls.clear()
+    worker.turn()
+    assert ("reap" in worker.broker.calls, worker.broker.reaping_claims[-1]) == (
+        not spares,
+        not spares,
+    )
+    worker.clock.now += LEASE_S / 2
+    worker.turn()
+    worker.clock.now += LEASE_S / 2
+    worker.turn()
+    assert "reap" in worker.broker.calls
+    assert worker.broker.reaping_claims[-1]
 
 
 # Stopping
