@@ -44,6 +44,10 @@ class _Connection(AbstractConnection):
         super().__init__(**{"redis_connect_func": _greet} | options)
         self.handshake_s = handshake_s
 
+    def connect(self) -> None:
+        """Connect, and repeat all of it with patience: redis-py before 5.3 repeats only a part."""
+        self.retry.call_with_retry(super().connect, self.disconnect)
+
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
         """Return the next reply.
 

@@ -29,7 +29,7 @@ class PrimaryFinder:
         connection: Callable[[Host], AbstractConnection],
     ) -> None:
         self._service = service
-        self._sentinels = list(sentinels)
+        self._sentinels: Sequence[Host] = list(sentinels)
         self._connection = connection
         self._lock = threading.Lock()
         self._address: Host | None = None
@@ -49,7 +49,7 @@ class PrimaryFinder:
                 knows.
         """
         answers: list[tuple[Host, Exception]] = []
-        for sentinel in tuple(self._sentinels):
+        for sentinel in self._sentinels:
             try:
                 address = self._ask(sentinel)
             except (RedisError, OSError, ValueError) as error:
@@ -76,7 +76,7 @@ class PrimaryFinder:
     def _remember(self, sentinel: Host, address: Host) -> None:
         with self._lock:
             # First next time, so that one that is away costs its timeout once.
-            self._sentinels.sort(key=lambda known: known != sentinel)
+            self._sentinels = sorted(self._sentinels, key=lambda known: known != sentinel)
             self._address = address
 
     def _unknown(self, answers: Sequence[tuple[Host, Exception]]) -> RedisConnectionError:

@@ -1,5 +1,6 @@
 """A real server that answers but cannot serve now is waited for, like one that is away."""
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +39,8 @@ def operator(server: RedisServer) -> Iterator[Redis]:
 
 def num_errors(operator: Redis, code: str) -> int:
     """How often the server has replied so."""
-    return int(operator.info("errorstats").get(f"errorstat_{code}", {}).get("count", 0))
+    counted = re.search(r"\d+", str(operator.info("errorstats").get(f"errorstat_{code}", 0)))
+    return int(counted[0]) if counted else 0
 
 
 def make_replica(operator: Redis) -> None:

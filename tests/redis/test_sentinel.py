@@ -36,9 +36,8 @@ def quiet_cluster() -> Iterator[SentinelCluster]:
 
 def hold_connections(redis: Redis, count: int) -> None:
     """Let the client have ``count`` idle connections to the primary of now."""
-    connections = [redis.connection_pool.get_connection() for _ in range(count)]
-    for connection in connections:
-        redis.connection_pool.release(connection)
+    for client in [redis.client() for _ in range(count)]:  # each takes a connection of its own
+        client.close()
 
 
 def write_before(cluster: SentinelCluster, redis: Redis) -> None:

@@ -16,7 +16,7 @@ from typing import Self
 
 from redis import Redis
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
 from mixfleet_broker.server_binary import find_server
@@ -228,10 +228,14 @@ class SentinelCluster:
         return links == ["ok"] and int(facts["num-other-sentinels"]) == len(self.sentinels) - 1
 
     def _is_in_sync(self) -> bool:
-        # As the primary sees it: a replica calls the link up before anything flows through it.
+        # A replica may be called online by both sides a second before writes reach it.
         with self.servers[0].client() as client:
-            replica = client.info("replication").get("slave0", {})
-            return bool(replica.get("state") == "online")
+            try:
+                client.set("probe", 1)
+                client.delete("probe")
+            except ResponseError:  # it must have a replica for that
+                return False
+            return int(client.execute_command("WAIT", 1, 100)) == 1
 
     def kill_primary(self) -> Node:
         """End the primary as a crash does, and return it."""
