@@ -20,7 +20,7 @@ from mixfleet_broker.errors import BrokerUnavailableError, ConfigError
 from mixfleet_broker.patience import HOW_TO_GET_ONE, PatientRetry
 from mixfleet_broker.redis_connection import TcpConnection, UnixConnection
 from mixfleet_broker.redis_errors import redis_errors
-from mixfleet_broker.redis_url import Host, RedisUrl, parse_redis_url, safe_redis_url
+from mixfleet_broker.redis_url import Host, RedisUrl, at_host, parse_redis_url, safe_redis_url
 from mixfleet_broker.sentinel import PrimaryFinder
 from mixfleet_broker.settings import Settings
 from mixfleet_broker.tls import tls_context
@@ -73,12 +73,29 @@ def connect(
     """
     try:
         place = parse_redis_url(url)
-        tls = _tls(place)
+        where = _where(place, _tls(place))
+        how = _how(place, patience_s=patience_s, max_block_s=max_block_s)
     except (ValueError, OSError) as error:
         raise ConfigError(f"redis={safe_redis_url(url)}: {error}") from None
+    retry = PatientRetry(url, patience_s=patience_s, stop=stop)
+    client = Redis.from_pool(ConnectionPool(retry=retry, **where, **how))
+    try:
+        with redis_errors():
+            client.ping()
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+def _how(place: RedisUrl, *, patience_s: float | None, max_block_s: float) -> dict[str, Any]:
+    """Return what connections are told beside where they go.
+
+    Raises:
+        ValueError: A blocking read would be cut off.
+    """
     reply_s = _REPLY_S if patience_s is None else min(_REPLY_S, max(patience_s, _LEAST_REPLY_S))
     options: dict[str, Any] = {
-        "retry": PatientRetry(url, patience_s=patience_s, stop=stop),
         "socket_timeout": max_block_s + reply_s,
         "socket_connect_timeout": _CONNECT_S,
         "health_check_interval": _HEALTH_CHECK_S,
@@ -90,16 +107,13 @@ def connect(
         "protocol": 2,
     }
     options |= {name: value for name, value in place.options.items() if not _is_ours(name)}
+    if options["socket_timeout"] <= max_block_s:
+        raise ValueError(
+            f"socket_timeout={options['socket_timeout']:g} is not longer than a read may block, "
+            f"{max_block_s:g} s"
+        )
     # A server that hangs is found without waiting for as long as a command may block.
-    options["handshake_s"] = min(reply_s, options["socket_timeout"])
-    client = Redis.from_pool(ConnectionPool(**options, **_where(place, tls)))
-    try:
-        with redis_errors():
-            client.ping()
-    except BaseException:
-        client.close()
-        raise
-    return client
+    return options | {"handshake_s": min(reply_s, options["socket_timeout"])}
 
 
 def _is_ours(option: str) -> bool:
@@ -116,7 +130,7 @@ def _tls(place: RedisUrl) -> Callable[[], SSLContext] | None:
 
 
 def _where(place: RedisUrl, tls: Callable[[], SSLContext] | None) -> dict[str, Any]:
-    """Return the options that say where connections go."""
+    """Return what tells connections where to go."""
     if place.socket:
         return {"connection_class": UnixConnection, "path": place.socket}
     network: dict[str, Any] = {
@@ -143,6 +157,20 @@ def _where(place: RedisUrl, tls: Callable[[], SSLContext] | None) -> dict[str, A
         )
 
     return network | {"primary": PrimaryFinder(place.service, place.hosts, to_sentinel)}
+
+
+def plain_redis_url(url: str) -> str:
+    """Return ``url`` for programs that know no Sentinels: with the primary of now in their place.
+
+    Raises:
+        ConfigError, BrokerError: See :func:`connect`; the server has answered.
+    """
+    with connect(url) as redis:
+        place = parse_redis_url(url)
+        if not place.service:
+            return url
+        host, port = redis.connection_pool.connection_kwargs["primary"].address
+    return at_host(place, (host, port))
 
 
 def find_redis_url(settings: Settings) -> str:

@@ -168,6 +168,23 @@ def safe_redis_url(url: str) -> str:
     return f"{scheme}{separator}{address}{question}{urlencode(parameters, safe='/*')}"
 
 
+def at_host(place: RedisUrl, host: Host) -> str:
+    """Return the URL of one server that is reached as ``place`` says of others."""
+    name = f"[{host[0]}]" if ":" in host[0] else quote(host[0])
+    userinfo = quote(place.username or "", safe="")
+    if place.password is not None:
+        userinfo += f":{quote(place.password, safe='')}"
+    options = {
+        name: {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+        for name, value in place.options.items()
+        if not name.startswith("sentinel_")
+    }
+    return (
+        f"{'rediss' if place.has_tls else 'redis'}://{userinfo}{'@' if userinfo else ''}"
+        f"{name}:{host[1]}/{place.db}{'?' if options else ''}{urlencode(options)}"
+    )
+
+
 def unix_socket_url(path: str) -> str:
     """Return the URL of the server that listens on the socket at ``path``."""
     return f"unix://{quote(path)}"

@@ -70,13 +70,14 @@ URL_OPTIONS: Final[Mapping[str, UrlOption]] = {
         secret=True,
     ),
     "client_name": UrlOption(
-        where="any", read=_text, meaning="Name of the connections in `CLIENT LIST`."
+        where="any",
+        read=_text,
+        meaning="Name of the connections in `CLIENT LIST`; takes `+client|setname`.",
     ),
     "socket_timeout": UrlOption(
         where="any",
         read=_seconds,
-        meaning="Longest wait for a reply, in seconds; default: as long as the command may "
-        "block, and 5 s.",
+        meaning="Longest wait for a reply, in seconds; longer than a read may block, which is 5 s.",
     ),
     "socket_connect_timeout": UrlOption(
         where="any", read=_seconds, meaning="Longest wait for a connection, in seconds; default 2."
@@ -168,7 +169,7 @@ def options_markdown() -> str:
     places = {"any": "all", "rediss": "`rediss://`", "sentinel": "`+sentinel`"}
     lines = ["| option | in | what it sets |", "|---|---|---|"]
     lines += [
-        f"| `{name}` | {places[option.where]} | {option.meaning} |"
+        f"| `{name}` | {places[option.where]} | {option.meaning.replace('|', chr(92) + '|')} |"
         for name, option in URL_OPTIONS.items()
     ]
     return "\n".join(lines) + "\n"

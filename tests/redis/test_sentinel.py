@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from mixfleet_broker.connection import connect
+from mixfleet_broker.connection import connect, plain_redis_url
 from mixfleet_broker.errors import BrokerUnavailableError
 from mixfleet_broker.server_binary import find_server
 from support.meanwhile import meanwhile
@@ -88,7 +88,7 @@ def num_blocked(node: Node) -> int:
 @pytest.mark.slow
 def test_an_old_primary_that_wakes_up_is_not_written_to(cluster: SentinelCluster) -> None:
     url = f"{cluster.url}?socket_timeout=0.5"
-    with connect(url, patience_s=FAILOVER_LIMIT_S) as redis:
+    with connect(url, patience_s=FAILOVER_LIMIT_S, max_block_s=0.1) as redis:
         write_before(cluster, redis)
         hold_connections(redis, 2)
         busy = [redis.client() for _ in range(2)]  # each keeps a connection of its own
@@ -155,6 +155,26 @@ def test_sentinels_that_are_away_are_passed_over(quiet_cluster: SentinelCluster)
     url = quiet_cluster.url.replace(f"{first},{second}", f"{dead},{second}")
     assert url != quiet_cluster.url
     with connect(url) as redis:
+        assert redis.ping()
+
+
+@pytest.mark.slow
+def test_a_sentinels_user_needs_two_commands(quiet_cluster: SentinelCluster) -> None:
+    rules = ("on", ">pw", "-@all", "+ping", "+sentinel|master")
+    for node in quiet_cluster.sentinels:
+        node.ask("ACL", "SETUSER", "fleet", *rules)
+    url = quiet_cluster.url.replace("opensesame", "pw&sentinel_username=fleet")
+    with connect(url) as redis:
+        assert redis.ping()
+
+
+@pytest.mark.slow
+def test_a_program_that_knows_no_sentinels_is_sent_to_the_primary(
+    quiet_cluster: SentinelCluster,
+) -> None:
+    url = plain_redis_url(quiet_cluster.url)
+    assert url == f"redis://:hunter2@127.0.0.1:{quiet_cluster.primary.port}/0"
+    with Redis.from_url(url) as redis:
         assert redis.ping()
 
 

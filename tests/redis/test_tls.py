@@ -8,6 +8,7 @@ import pytest
 
 from mixfleet_broker.connection import connect
 from mixfleet_broker.errors import BrokerUnavailableError, ConfigError
+from support.fake_sentinel import FakeSentinel
 from support.redis_server import RedisServer
 from support.sentinel import free_port
 from support.tls_proxy import Certificates, TlsProxy
@@ -82,6 +83,23 @@ def test_a_certificate_for_another_host_is_refused_unless_told_otherwise(
 def test_without_any_check_every_certificate_is_taken(proxy: TlsProxy) -> None:
     with connect(f"rediss://{proxy.address}/0?ssl_cert_reqs=none") as redis:
         assert redis.ping()
+
+
+def test_sentinels_and_the_primary_that_they_name_are_spoken_to_in_tls(
+    proxy: TlsProxy, certificates: Certificates, strangers: Certificates
+) -> None:
+    with (
+        FakeSentinel(proxy.port) as sentinel,
+        TlsProxy(f"redis://127.0.0.1:{sentinel.port}", certificates.server_context()) as entry,
+    ):
+        url = f"rediss+sentinel://{entry.address}/mymaster/0?ssl_ca_certs="
+        with connect(f"{url}{certificates.ca_file}") as redis:
+            assert redis.set("a", 1)
+        text = refusal(f"{url}{strangers.ca_file}")
+        assert "its certificate is not accepted" in text
+        # The Sentinels themselves, not only the primary.
+        with pytest.raises(BrokerUnavailableError):
+            connect(f"redis+sentinel://{entry.address}/mymaster", patience_s=0.1)
 
 
 def test_a_client_certificate_opens_a_server_that_asks_for_one(

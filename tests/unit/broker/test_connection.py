@@ -35,6 +35,13 @@ def test_connecting_to_what_is_no_redis_url_is_a_config_error_without_the_passwo
     assert str(caught.value).startswith("redis=http://:***@host: must start with redis://")
 
 
+def test_a_wait_for_replies_that_would_cut_off_every_blocking_read_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"socket_timeout=3 is not longer than .* 5 s"):
+        connect("redis://127.0.0.1:1/0?socket_timeout=3", patience_s=None)
+    with pytest.raises(BrokerUnavailableError):
+        connect("redis://127.0.0.1:1/0?socket_timeout=3", patience_s=0.01, max_block_s=1)
+
+
 def test_the_redis_that_is_set_is_used() -> None:
     assert find_redis_url(Settings(redis="redis://elsewhere")) == "redis://elsewhere"
 

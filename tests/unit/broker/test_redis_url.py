@@ -4,6 +4,7 @@ import pytest
 
 from mixfleet_broker.redis_url import (
     RedisUrl,
+    at_host,
     checked_redis_url,
     parse_redis_url,
     safe_redis_url,
@@ -150,6 +151,27 @@ def test_each_option_that_holds_a_password_is_hidden(name: str) -> None:
 def test_a_shown_url_never_holds_the_password(url: str, shown: str) -> None:
     assert safe_redis_url(url) == shown
     assert "secret" not in safe_redis_url(url)
+
+
+@pytest.mark.parametrize(
+    ("sentinels", "host", "url"),
+    [
+        ("redis+sentinel://a,b/m/3", ("10.0.0.1", 7), "redis://10.0.0.1:7/3"),
+        ("redis+sentinel://u%40:p%2F@a/m", ("h", 1), "redis://u%40:p%2F@h:1/0"),
+        ("redis+sentinel://:p@a/m?sentinel_password=s", ("::1", 1), "redis://:p@[::1]:1/0"),
+        (
+            "rediss+sentinel://a/m?ssl_ca_certs=/ca.pem&ssl_check_hostname=no",
+            ("h", 1),
+            "rediss://h:1/0?ssl_ca_certs=%2Fca.pem&ssl_check_hostname=no",
+        ),
+    ],
+)
+def test_a_server_that_sentinels_name_gets_a_url_of_its_own(
+    sentinels: str, host: tuple[str, int], url: str
+) -> None:
+    made = at_host(parse_redis_url(sentinels), host)
+    assert made == url
+    assert parse_redis_url(made).hosts == (host,)
 
 
 def test_a_socket_path_with_odd_characters_makes_a_url_that_passes_the_check() -> None:
