@@ -17,6 +17,7 @@ OLDEST: Final = (6, 2)
 DRAINS_WHEN_FULL: Final = (7, 0)
 """The first whose scripts may go over the memory limit, so that a full server can drain."""
 _KEEPS: Final = "noeviction"
+_WANTED: Final = {"maxmemory-policy": _KEEPS, "appendonly": "yes", "appendfsync": "everysec"}
 _MIB: Final = 1 << 20
 
 
@@ -71,7 +72,8 @@ def _version(facts: ServerFacts) -> Finding:
         text = "version not known: the user may ask by neither INFO nor HELLO"
         return Finding(topic="version", level="warning", text=text)
     name = f"{facts.product} {facts.version}"
-    version = tuple(int(part) for part in facts.version.split(".")[:2] if part.isdecimal())
+    parts = [int(part) for part in facts.version.split(".") if part.isdecimal()]
+    version = (*parts, 0, 0)[:2]
     if version < OLDEST:
         text = f"{name} is too old: install Redis 6.2 or newer, better 7.0 or newer, or Valkey"
         return Finding(topic="version", level="refuse", text=text)
@@ -192,9 +194,7 @@ def _unknown(facts: ServerFacts) -> Iterator[Finding]:
     light = {"appendfsync": facts.appendfsync} if facts.appendonly is not False else {}
     names = [name for name, value in (grave | light).items() if value is None]
     if names:
-        text = (
-            f"not known: {', '.join(names)}. The user may not ask: allow +info and +config|get, "
-            "or see to it that they are noeviction, yes and everysec"
-        )
+        wanted = ", ".join(f"{name} (should be {_WANTED[name]})" for name in names)
+        text = f"not known, as the user may not ask: {wanted}. Allow +info and +config|get"
         level: Level = "warning" if set(names) & set(grave) else "ok"
         yield Finding(topic="unknown", level=level, text=text)

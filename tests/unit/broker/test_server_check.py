@@ -46,6 +46,7 @@ def test_a_good_server_gets_one_line_on_each_thing_looked_at() -> None:
         ({"version": "6.2.14"}, "version", "warning", "Redis 6.2.14 cannot drain"),
         ({"version": "7.0.0"}, "version", "ok", "Redis 7.0.0"),
         ({"version": "10.0"}, "version", "ok", "Redis 10.0"),
+        ({"version": "7"}, "version", "ok", "Redis 7"),
         ({"version": "9.1.2", "product": "Valkey"}, "version", "ok", "Valkey 9.1.2"),
         ({"version": None}, "version", "warning", "version not known"),
         ({"mode": "cluster"}, "mode", "refuse", "cluster mode.*one Redis per pool"),
@@ -95,12 +96,12 @@ def test_a_good_server_gets_one_line_on_each_thing_looked_at() -> None:
         ({"appendfsync": "no"}, "persistence", "warning", "30 seconds.*Set appendfsync everysec"),
         ({"appendfsync": None}, "persistence", "ok", "^appendonly yes$"),
         ({"append_fails": True}, "persistence", "warning", "the disk may be full"),
-        ({"appendfsync": None}, "unknown", "ok", "not known: appendfsync. "),
+        ({"appendfsync": None}, "unknown", "ok", "ask: appendfsync .should be everysec.. Allow"),
         (
             {"appendfsync": None, "appendonly": None, "maxmemory_policy": None},
             "unknown",
             "warning",
-            "not known: maxmemory-policy, appendonly, appendfsync. .*allow \\+info",
+            "ask: maxmemory-policy .should be noeviction., appendonly .*Allow \\+info",
         ),
     ],
 )
