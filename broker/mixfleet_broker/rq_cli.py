@@ -12,7 +12,7 @@ from typing import Final
 
 import click
 
-from mixfleet_broker.connection import connect, find_redis_url
+from mixfleet_broker.connection import find_redis_url, plain_redis_url
 from mixfleet_broker.errors import MissingExtraError
 from mixfleet_broker.options import setting_options
 from mixfleet_broker.settings import Settings
@@ -76,8 +76,8 @@ def _start(tool: Tool, settings: Settings, arguments: Sequence[str]) -> None:
     """Become the tool."""
     if not all(find_spec(module) for module in tool.modules):
         raise _not_installed(tool)
-    url = find_redis_url(settings)
-    connect(url).close()  # so that a server that is away is one line, in our words
+    # Asked first, so that a server that is away is one line, in our words.
+    url = plain_redis_url(find_redis_url(settings))
     # click splits a variable with many values at white space.
     os.environ[tool.url_variable] = "%20".join(url.split())
     os.environ["RQ_KEY_PREFIX"] = "rq"

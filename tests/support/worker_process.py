@@ -9,8 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from redis import Redis
-
+from mixfleet_broker.connection import connect
 from mixfleet_broker.registry import WorkerRecord, workers
 
 START_LIMIT_S = 60.0
@@ -59,7 +58,7 @@ class WorkerProcess:
 
     def record(self) -> WorkerRecord | None:
         """What the worker says of itself in the registry."""
-        with Redis.from_url(self._redis_url) as redis:
+        with connect(self._redis_url) as redis:
             records = workers(redis, prefix=self._key_prefix)
         return next((record for record in records if record.worker_id == self.worker_id), None)
 

@@ -2,8 +2,6 @@
 
 import os
 import sys
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -23,12 +21,12 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         assert program == sys.executable
         lines.append(arguments)
 
-    def connect(url: str) -> Any:
+    def asked(url: str) -> str:
         assert url.startswith("redis://")
-        return SimpleNamespace(close=lambda: None)
+        return url
 
     monkeypatch.setattr(os, "execv", execv)
-    monkeypatch.setattr(rq_cli, "connect", connect)
+    monkeypatch.setattr(rq_cli, "plain_redis_url", asked)
     monkeypatch.setattr(rq_cli, "find_spec", lambda name: name)
     for name in ("RQ_REDIS_URL", "RQ_DASHBOARD_REDIS_URL", "RQ_KEY_PREFIX"):
         monkeypatch.setenv(name, "of the user")
