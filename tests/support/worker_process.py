@@ -62,9 +62,13 @@ class WorkerProcess:
             records = workers(redis, prefix=self._key_prefix)
         return next((record for record in records if record.worker_id == self.worker_id), None)
 
-    def __enter__(self) -> Self:
+    def launch(self) -> None:
+        """Start it without waiting until it is ready."""
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(self._command, stderr=log, stdout=log)
+
+    def __enter__(self) -> Self:
+        self.launch()
         until(self._is_up, f"worker {self.worker_id} is ready", START_LIMIT_S)
         return self
 
