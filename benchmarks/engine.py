@@ -25,6 +25,7 @@ from benchmarks.floor import Sizes
 from benchmarks.measuring import BATCHES, DECODE_STEPS, Job
 from benchmarks.models import NAMES, num_weights
 from benchmarks.peers.installing import PeerError
+from benchmarks.report import say
 from mixfleet_engine.config import ModelConfig
 
 OURS = ("auto:bf16", "auto:int8", "auto:int4", "cpu:bf16")
@@ -49,11 +50,6 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--contexts", nargs="*", type=int, default=list(CONTEXTS))
     parser.add_argument("--work-dir", type=Path, help="default: in the user's cache folder")
     return parser.parse_args(arguments)
-
-
-def say(text: str) -> None:
-    """Print a line of progress."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def prepare(arguments: argparse.Namespace, place: Workplace) -> dict[str, str]:

@@ -11,7 +11,8 @@ message, msgpack), ``mf_sum`` (its SHA-256), ``mf_bytes`` (of its prompt), ``mf_
 ``mf_start_by`` and ``mf_end_by`` (submit and deadlines, ms of Redis's clock), ``mf_attended``
 (1 if it ends with its reader, 2 if that one was missed once), ``mf_token`` (of the run that holds
 it, or that ended it), ``mf_solo`` (1 if that run is alone on its worker), ``mf_attempt``,
-``mf_losses`` and ``mf_history`` (runs that did not end it, msgpack).
+``mf_losses``, ``mf_history`` (runs that did not end it, msgpack), and ``mf_reason`` and
+``mf_message`` (of its end).
 """
 
 import re
@@ -265,7 +266,8 @@ RATES: Final = Key(
     type="hash",
     writers="finish",
     lifetime="7 days after the last finished job",
-    meaning="means over finished jobs: service_ms, answer_tokens, bytes_per_token; samples",
+    meaning="means over finished jobs: service_ms, answer_tokens, expected_tokens (of the answer, "
+    "before it ran), bytes_per_token; and their number, samples",
 )
 CAPACITY: Final = Key(
     name="capacity",

@@ -2,13 +2,29 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import MasterDownError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from mixfleet_broker.errors import BrokerError, BrokerFullError, BrokerUnavailableError
+
+_PASSING: Final = frozenset(
+    {
+        "LOADING",  # it reads its data after a start
+        "MASTERDOWN",  # a replica that has lost its primary
+        "READONLY",  # a replica, perhaps the primary of a moment ago
+        "NOREPLICAS",  # fewer replicas are connected than min-replicas-to-write
+        "UNBLOCKED",  # it became a replica while a command was blocked
+        "BUSY",  # a script has been running for seconds
+    }
+)
+"""Replies of a server that cannot serve now and may soon, itself or another in its place."""
+
+
+class NotReadyError(RedisConnectionError):
+    """The server answers, but cannot serve now: waited for like one that does not answer."""
 
 
 @contextmanager
@@ -41,3 +57,12 @@ def is_out_of_memory(error: object) -> bool:
     # Inside a script the text of the refused command is wrapped in another error.
     is_refusal = isinstance(error, ResponseError)
     return is_refusal and any(sign in str(error) for sign in ("OOM ", "> 'maxmemory'"))
+
+
+def is_passing(error: ResponseError) -> bool:
+    """Whether a reply says that the server cannot serve now, and may soon."""
+    if isinstance(error, MasterDownError | ReadOnlyError):
+        return True
+    text = str(error)
+    # A server before version 7 wraps the reply to a command of a script in another error.
+    return text.partition(" ")[0] in _PASSING or any(f" -{code} " in text for code in _PASSING)

@@ -68,7 +68,7 @@ class Settings:
     redis: str | None = _setting(
         redis_url(),
         None,
-        "Redis server: redis://, rediss:// (TLS) or unix://.",
+        "Redis: redis://, rediss:// (TLS), unix:// or redis+sentinel://, see operations.md.",
         shown="the server that `mixfleet up` runs",
         also="REDIS_URL",
     )

@@ -114,7 +114,9 @@ def _answer_once(
     if not question.strip():
         raise click.UsageError("the question is empty")
     sampling = asdict(conversation.sampling)
-    with client.chat(conversation.asking(question), **sampling) as stream:
+    with client.chat(
+        conversation.asking(question), priority="interactive", on_disconnect="cancel", **sampling
+    ) as stream:
         if as_json:
             result = stream.result()
             click.echo(_as_json(result))

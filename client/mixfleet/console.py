@@ -120,7 +120,13 @@ class Console:
         sampling = asdict(self._conversation.sampling)
         messages = self._conversation.asking(question)
         # Leaving the block in mid-answer, as Ctrl-C does, cancels the job.
-        with self._client.chat(messages, model=self._model, **sampling) as stream:
+        with self._client.chat(
+            messages,
+            model=self._model,
+            priority="interactive",
+            on_disconnect="cancel",
+            **sampling,
+        ) as stream:
             try:
                 workers = self._client.num_workers(stream.model)
                 self._last_result = self._display.answer(stream, num_workers=workers)

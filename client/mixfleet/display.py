@@ -12,9 +12,11 @@ from rich.console import Console
 
 from mixfleet.stream import ChatResult, ChatStream
 from mixfleet_broker.messages import JobEnd, TokenChunk
+from mixfleet_broker.records import JobInfo
+from mixfleet_broker.shown import format_age
 
 POSITION_EVERY_S = 0.5
-"""How often the queue's position is looked up on a terminal; tokens are pushed, not looked up."""
+"""How often its place is looked up on a terminal; tokens are pushed, not looked up."""
 
 # A model may write anything; on a terminal a control character would be a command to it.
 _VISIBLE_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
@@ -72,10 +74,7 @@ class Display:
         if not self._shows_status:
             return
         while True:
-            position = stream.position()
-            self._set_status(
-                "reading the prompt" if position is None else f"queued, position {position + 1}"
-            )
+            self._set_status(waiting_line(stream.status()))
             event = stream.next_event(timeout_s=POSITION_EVERY_S)
             if isinstance(event, JobEnd | TokenChunk):
                 self._set_status("")
@@ -108,6 +107,20 @@ class NoteHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Show one line."""
         self._display.note(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+def waiting_line(info: JobInfo) -> str:
+    """Return what is happening to a job that has said nothing yet, in a few words."""
+    if info.outlook == "suspect":
+        return "queued, to be run alone: workers that ran it died"
+    if info.position is None:
+        return "reading the prompt"
+    line = f"queued, position {info.position + 1}"
+    if info.outlook == "no_worker":
+        return f"{line}, no worker yet"
+    if info.outlook == "paused":
+        return f"{line}, the workers are paused"
+    return line if info.eta_s is None else f"{line}, about {format_age(info.eta_s)}"
 
 
 def stats_line(result: ChatResult) -> str:

@@ -118,6 +118,18 @@ def test_a_redis_that_dies_is_started_again_with_its_data(up: UpProcess) -> None
     assert ask(up.data_dir) == before
 
 
+def test_a_redis_that_is_given_is_named_with_its_version_and_warnings(
+    redis_url: str, tmp_path: Path
+) -> None:
+    up = UpProcess(tmp_path / "data", "--redis", redis_url)
+    try:
+        up.await_line("ready in")
+        line = rf"redis: {redis_url}, (Redis|Valkey) [\d.]+, 1 warning: see `mixfleet doctor` \("
+        assert re.search(line, up.output)
+    finally:
+        assert up.end() == 0
+
+
 def test_a_worker_that_cannot_start_is_shown_and_everything_ends(tmp_path: Path) -> None:
     up = UpProcess(tmp_path / "data", "--max-batch-size", "8", "--max-step-tokens", "4")
     assert up.process.wait(timeout=30) == 1

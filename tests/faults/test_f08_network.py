@@ -116,7 +116,7 @@ def test_connections_that_fall_silent_without_an_end_are_found_out(
     network: Proxy, redis: Redis, tmp_path: Path
 ) -> None:
     with (
-        connect_client(f"{network.url}?socket_timeout=3") as client,
+        connect_client(f"{network.url}?socket_timeout=5.1") as client,
         WorkerProcess(network.url, "w1", tmp_path, *SLOW_STEP),
     ):
         asked = Asked(client, *QUESTIONS)

@@ -11,8 +11,13 @@ from redis import Redis
 from rq.job import Job
 from rq.registry import FailedJobRegistry
 
-from mixfleet import Client
-from mixfleet.errors import EngineFailedError, JobCancelledError, UnknownJobError
+from mixfleet import ChatStream, Client
+from mixfleet.errors import (
+    EngineFailedError,
+    JobCancelledError,
+    JobFailedError,
+    UnknownJobError,
+)
 from mixfleet_broker.keys import CHANNEL
 from mixfleet_broker.queue import JobQueue
 from support import rq_commands
@@ -65,20 +70,35 @@ def test_two_janitors_and_rq_info_at_work_all_the_time_change_nothing(
             assert [process.poll() for process in processes] == [None, None]
 
 
-@pytest.mark.parametrize("python", PYTHONS, ids=["rq3", "rq2"])
-def test_a_worker_of_rqs_that_serves_our_queue_by_mistake_hurts_no_job(
-    python: Path, redis_url: str, redis: Redis, client: Client, tmp_path: Path
+def test_what_rqs_workers_take_by_mistake_has_failed_and_runs_here_once_requeued(
+    redis_url: str, redis: Redis, client: Client, tmp_path: Path
 ) -> None:
-    stock = (python, "-m", "rq.cli", "worker", "-u", redis_url, MODEL)
-    before = Asked(client, *QUESTIONS[:4])
-    with (
-        running(*stock),
-        WorkerProcess(redis_url, "w1", tmp_path, *SLOW_STEP, "--max-batch-size", "4"),
-    ):
-        asked = Asked(client, *QUESTIONS[4:])
-        results = before.read_all() + asked.read_all()
-        check_invariants(redis, before.jobs | asked.jobs, foreign=FOREIGN)
-    assert {result.worker_ids for result in results} == {("w1",)}
+    flags = (*SLOW_STEP, "--max-batch-size", "4")
+    with WorkerProcess(redis_url, "w1", tmp_path, *flags):
+        with ExitStack() as stock:
+            for python in PYTHONS:
+                command = (python, "-m", "rq.cli", "worker", "-u", redis_url, MODEL)
+                stock.enter_context(running(*command))
+            until(lambda: redis.scard("rq:workers") == 3, "rq's workers are there")
+            asked = Asked(client, *QUESTIONS)
+            # No reader is left without a word: there is an answer, or an error that says who did it.
+            failed = [stream for stream in asked.streams if not ended_well(stream)]
+            assert failed
+        queue = JobQueue(redis, MODEL)
+        for stream in failed:
+            assert queue.info(stream.job_id).state == "failed"
+            queue.requeue(stream.job_id)
+        texts = [client.attach(stream.job_id).result().text for stream in asked.streams]
+        assert texts == asked.texts
+        check_invariants(redis, asked.jobs, foreign=FOREIGN)
+
+
+def ended_well(stream: ChatStream) -> bool:
+    try:
+        return bool(stream.result().text)
+    except JobFailedError as error:
+        assert "rq's own worker or tools failed it" in str(error)  # noqa: PT017 - not of all jobs
+        return False
 
 
 def test_jobs_that_rqs_tools_cancel_delete_or_requeue_are_what_they_say(

@@ -96,7 +96,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
 def test_the_place_in_the_queue_is_shown_until_the_answer_begins(
     environment: dict[str, str], redis_url: str, client: Client
 ) -> None:
-    before = client.chat("first")
+    before = client.chat("first", priority="interactive")
     with Terminal(CHAT, environment) as terminal:
         terminal.wait_for(">>>")
         terminal.press("mine\r")

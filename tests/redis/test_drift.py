@@ -6,7 +6,7 @@ from redis import Redis
 from mixfleet_broker.channel import ended
 from mixfleet_broker.errors import MessageError
 from mixfleet_broker.flush import Flush, WriteOutcome
-from mixfleet_broker.keys import CHANNEL, FAILED, JOB, LEASES, LIST_BASE, QUEUE, READY
+from mixfleet_broker.keys import CHANNEL, JOB, LEASES, LIST_BASE, QUEUE, READY
 from mixfleet_broker.messages import JobEnd, decode_job
 from mixfleet_broker.queue import JobQueue
 from support.queue_jobs import (
@@ -231,37 +231,6 @@ def test_a_list_of_runs_of_a_wrong_type_does_not_stop_the_claim(redis: Redis) ->
     assert queue.num_started() == 1
 
 
-@pytest.mark.parametrize("status", ["started", "failed"])
-def test_a_waiting_job_that_a_stock_worker_took_is_still_claimed(redis: Redis, status: str) -> None:
-    queue = JobQueue(redis, MODEL)
-    job = chat_job()
-    queue.submit(job)
-    redis.lpop(QUEUE(MODEL))
-    redis.hset(JOB(job.job_id), "status", status)
-    redis.zadd(FAILED(MODEL), {job.job_id: 2e9})
-    redis.expire(JOB(job.job_id), 100)
-    assert claimed_ids(queue) == [job.job_id]
-    assert queue.info(job.job_id).state == "started"
-    assert (redis.zcard(FAILED(MODEL)), redis.ttl(JOB(job.job_id))) == (0, -1)
-    assert not redis.exists(LIST_BASE(MODEL))
-
-
-def test_a_running_job_that_a_stock_worker_calls_failed_is_still_the_runs(redis: Redis) -> None:
-    queue = JobQueue(redis, MODEL)
-    first, second, third = (submit_and_claim(queue).lease for _ in range(3))
-    for lease in (first, second, third):
-        redis.hset(JOB(lease.job_id), mapping={"status": "failed", "worker_name": "stock"})
-        redis.zadd(FAILED(MODEL), {lease.job_id: 2e9})
-        redis.expire(JOB(lease.job_id), 100)
-    assert queue.renew("w1", [first]) == set()
-    assert (queue.info(first.job_id).state, queue.info(first.job_id).worker_id) == ("started", "w1")
-    assert queue.finish(second, DONE)
-    assert ended(redis, second.job_id) == DONE
-    assert queue.release([third]) == 1
-    assert queue.info(third.job_id).state == "queued"
-    assert redis.zcard(FAILED(MODEL)) == 0
-
-
 def test_a_job_that_has_failed_here_stays_so(redis: Redis) -> None:
     queue = JobQueue(redis, MODEL)
     lease = submit_and_claim(queue).lease
@@ -271,3 +240,14 @@ def test_a_job_that_has_failed_here_stays_so(redis: Redis) -> None:
     assert queue.renew("w1", [lease]) == {lease.job_id}
     assert queue.release([lease]) == 0
     assert queue.info(lease.job_id).state == "failed"
+
+
+def test_the_base_of_an_emptied_list_goes_with_it(redis: Redis) -> None:
+    queue = JobQueue(redis, MODEL)
+    for _ in range(3):
+        queue.submit(chat_job())
+    queue.claim("w1", 1, "c1")
+    assert redis.exists(LIST_BASE(MODEL))
+    redis.delete(QUEUE(MODEL))
+    queue.reap()
+    assert not redis.exists(LIST_BASE(MODEL))

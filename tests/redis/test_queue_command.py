@@ -11,11 +11,12 @@ from redis import Redis
 from rq.serializers import JSONSerializer
 
 from mixfleet_broker import keys
-from mixfleet_broker.cli import format_age, queue
+from mixfleet_broker.cli import queue
 from mixfleet_broker.messages import ChatJob, ChatMessage, JobEnd, new_job_id
 from mixfleet_broker.overview import ModelStatus, model_statuses
 from mixfleet_broker.queue import JobQueue
 from mixfleet_broker.registry import Registration, WorkerRecord
+from mixfleet_broker.shown import format_age
 
 MODEL = "mixtral-8x7b"
 
@@ -122,16 +123,18 @@ def test_the_table_has_one_row_per_model(redis: Redis, redis_url: str) -> None:
     assert heading == [
         "model",
         "queued",
+        "tokens",
         "started",
         "finished",
         "failed",
         "workers",
+        "slots",
         "oldest",
         "queued",
     ]
-    assert another == ["another", "0", "0", "0", "0", "1", "-"]
-    assert mixtral[:6] == [MODEL, "3", "2", "2", "1", "0"]
-    assert mixtral[7] == "s"
+    assert another == ["another", "0", "0", "0", "0", "0", "1", "8", "-"]
+    assert mixtral[:8] == [MODEL, "3", "774", "2", "2", "1", "0", "0"]
+    assert mixtral[9] == "s"
 
 
 def test_json_holds_the_same_numbers(redis: Redis, redis_url: str) -> None:

@@ -58,7 +58,7 @@ class Rq:
 def rq(request: pytest.FixtureRequest, redis_url: str) -> Rq:
     python: Path = request.param
     if not python.exists():
-        pytest.skip(f"no {python}: python -m venv .venv-rq2, with rq==2.12.0 and redis in it")
+        pytest.skip(f"no {python}: sh scripts/setup dev")
     return Rq(python, redis_url)
 
 

@@ -58,6 +58,8 @@ class FakeBroker:
         self.reaping_claims: list[bool] = []
         """Of each claim, whether it was to take jobs of ended leases too."""
         self.isolated: list[str] = []
+        self.alone: set[str] = set()
+        """Jobs that are to run alone."""
         self.order: Order | None = None
         self.words: list[str] = []
         """For the worker: what the next flush or wait brings."""
@@ -117,6 +119,7 @@ class FakeBroker:
             num_delivered=job.num_tokens,
             attempt=job.attempt,
             num_losses=job.num_losses,
+            alone=job_id in self.alone,
         )
 
     def write(self, write: Write) -> WriteOutcome:

@@ -123,6 +123,7 @@ class FakeTransport:
             worker_id=None,
             attempt=0,
             num_losses=0,
+            num_workers=self.num_workers(model),
         )
 
     def model_of(self, job_id: str) -> str:

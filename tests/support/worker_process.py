@@ -9,8 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from redis import Redis
-
+from mixfleet_broker.connection import connect
 from mixfleet_broker.registry import WorkerRecord, workers
 
 START_LIMIT_S = 60.0
@@ -30,8 +29,16 @@ def until(condition: Callable[[], bool], what: str, limit_s: float = 20.0) -> No
 class WorkerProcess:
     """`python -m mixfleet_worker` with a short lease; killed at the end of the block."""
 
-    def __init__(self, url: str, worker_id: str, directory: Path, *arguments: str | Path) -> None:
+    def __init__(
+        self,
+        url: str,
+        worker_id: str,
+        directory: Path,
+        *arguments: str | Path,
+        key_prefix: str = "",
+    ) -> None:
         self.worker_id = worker_id
+        self._key_prefix = key_prefix
         self.log_file = directory / f"{worker_id}.log"
         self._redis_url = url
         self._command = [
@@ -51,13 +58,17 @@ class WorkerProcess:
 
     def record(self) -> WorkerRecord | None:
         """What the worker says of itself in the registry."""
-        with Redis.from_url(self._redis_url) as redis:
-            records = [record for record in workers(redis) if record.worker_id == self.worker_id]
-        return records[0] if records else None
+        with connect(self._redis_url) as redis:
+            records = workers(redis, prefix=self._key_prefix)
+        return next((record for record in records if record.worker_id == self.worker_id), None)
 
-    def __enter__(self) -> Self:
+    def launch(self) -> None:
+        """Start it without waiting until it is ready."""
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(self._command, stderr=log, stdout=log)
+
+    def __enter__(self) -> Self:
+        self.launch()
         until(self._is_up, f"worker {self.worker_id} is ready", START_LIMIT_S)
         return self
 

@@ -12,6 +12,7 @@ from mixfleet_broker.connection import find_redis_url
 from mixfleet_broker.errors import ConfigError, MissingExtraError, MixfleetError
 from mixfleet_broker.options import setting_options
 from mixfleet_broker.settings import CONFIG_FLAG, SETTINGS, Settings
+from mixfleet_broker.workers_cli import COMMANDS
 from mixfleet_engine.config import EngineConfig
 from mixfleet_engine.errors import EngineError
 from mixfleet_engine.rendezvous import Rendezvous
@@ -50,7 +51,7 @@ MODEL_SETTINGS = (
 logger = logging.getLogger(__name__)
 
 
-@click.command()
+@click.group(invoke_without_command=True, subcommand_metavar="[ls|pause|resume|drain]")
 @click.option(
     "--tp",
     type=click.IntRange(min=1),
@@ -79,10 +80,14 @@ def worker(
 ) -> None:
     """Serve a model: take chat jobs from its queue and stream the answers.
 
+    With ls, pause, resume or drain: look at workers, or tell them what to do, from anywhere.
+
     SIGTERM or Ctrl-C lets it finish its jobs; what is not done in time goes to another worker.
 
     Under torchrun, each process is one of those that share the model.
     """
+    if ctx.invoked_subcommand is not None:
+        return
     try:
         rendezvous = Rendezvous.from_environment()
         _configure_rank_logging(settings.log_level, rendezvous)
@@ -102,6 +107,10 @@ def worker(
         flags = given_flags(ctx) | {"worker_id": config.worker_id}
         ctx.exit(run_ranks(rank_command(flags), tp, report=_report, abandoned=_orphan(parent_pid)))
     _serve(config, engine, redis_url, rendezvous, parent_pid)
+
+
+for _command in COMMANDS:
+    worker.add_command(_command)
 
 
 def _serve(

@@ -18,6 +18,7 @@ from mixfleet_broker.embedded import running_url
 from mixfleet_broker.errors import MixfleetError
 from mixfleet_broker.options import setting_options
 from mixfleet_broker.redis_url import safe_redis_url
+from mixfleet_broker.server_check import Finding, Level, check_server
 from mixfleet_broker.settings import Settings
 from mixfleet_engine.config import ModelConfig
 from mixfleet_engine.errors import ConfigError, EngineError
@@ -29,13 +30,15 @@ REDIS_PATIENCE_S: Final = 1.0
 _COMPILERS: Final = ("cc", "gcc", "clang")
 _GIB: Final = 1 << 30
 
+CheckState = Literal["ok", "note", "problem"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
     """One thing looked at."""
 
     name: str
-    state: Literal["ok", "note", "problem"]
+    state: CheckState
     """A note is worth knowing; a problem keeps something that is set from working."""
     text: str
 
@@ -119,7 +122,7 @@ def checks(settings: Settings) -> list[Check]:
         Check(name="python", state="ok", text=platform.python_version()),
         *_torch_checks(),
         _compiler_check(),
-        _redis_check(settings),
+        *_redis_checks(settings),
     ]
 
 
@@ -153,16 +156,23 @@ def _compiler_check() -> Check:
     return Check(name="compiler", state="note", text=text)
 
 
-def _redis_check(settings: Settings) -> Check:
+def _redis_checks(settings: Settings) -> list[Check]:
     url = settings.redis or running_url(settings.data_dir)
     if url is None:
         text = "none is set and none runs: `mixfleet up` starts one"
-        return Check(name="redis", state="note", text=text)
+        return [Check(name="redis", state="note", text=text)]
     try:
-        connect(url, patience_s=REDIS_PATIENCE_S).close()
+        with connect(url, patience_s=REDIS_PATIENCE_S) as redis:
+            found = check_server(redis)
     except MixfleetError as error:
-        return Check(name="redis", state="problem", text=str(error))
-    return Check(name="redis", state="ok", text=f"answers at {safe_redis_url(url)}")
+        return [Check(name="redis", state="problem", text=str(error))]
+    answers = Check(name="redis", state="ok", text=f"answers at {safe_redis_url(url)}")
+    return [answers, *map(_redis_finding, found)]
+
+
+def _redis_finding(finding: Finding) -> Check:
+    states: dict[Level, CheckState] = {"ok": "ok", "warning": "note", "refuse": "problem"}
+    return Check(name=f"redis-{finding.topic}", state=states[finding.level], text=finding.text)
 
 
 def _show_checks(found: list[Check], *, as_json_text: bool) -> None:

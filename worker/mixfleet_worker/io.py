@@ -127,15 +127,22 @@ class BrokerIO:
         self._show_change()
         self._recovered()
         self._answered_at = self._clock()
-        if self._is_idle and not self._closing:
+        if self._waits_in_redis:
             self._wait_idly(min(BELL_WAIT_S, self._period_s))
 
+    @property
+    def _waits_in_redis(self) -> bool:
+        """Whether there is nothing to do here; else it is the loop that is waited for.
+
+        Such as when a job was taken away and its slot is not yet free.
+        """
+        may_wait = self._is_paused or (self._may_claim and self._free() > 0)
+        return self._is_idle and may_wait and not self._closing
+
     def _wait_idly(self, wait_s: float) -> None:
-        word = None
-        if self._may_claim:
-            word = self._session.wait_for_jobs(wait_s)
-        elif self._is_paused:
-            word = self._session.wait_for_word(wait_s)
+        session = self._session
+        wait = session.wait_for_word if self._is_paused else session.wait_for_jobs
+        word = wait(wait_s)
         if word == READ_YOUR_ORDER:
             self._obey_order(self._session.order())
 
@@ -162,8 +169,7 @@ class BrokerIO:
         """Return how long to wait for the loop; when idle, the bell is what is waited for."""
         if (pause_s := self._retry_at - self._clock()) > 0:
             return pause_s
-        waits_in_redis = self._is_idle and (self._may_claim or self._is_paused)
-        if self._holdings.has_writes or waits_in_redis:
+        if self._holdings.has_writes or self._waits_in_redis:
             return 0.0
         return max(0.0, self._duties_at - self._clock())
 

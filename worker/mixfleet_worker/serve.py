@@ -21,6 +21,7 @@ from mixfleet_engine.door import GenerationEngine
 from mixfleet_engine.generation import SamplingDefaults, sampling_defaults
 from mixfleet_engine.rendezvous import Rendezvous
 from mixfleet_engine.tokenizer import Tokenizer
+from mixfleet_worker.broker_check import check_broker
 from mixfleet_worker.config import WorkerConfig
 from mixfleet_worker.group import GroupLostError
 from mixfleet_worker.handoff import Mailboxes
@@ -74,13 +75,14 @@ def serve(
 
     Raises:
         BrokerUnavailableError: No Redis answers at the start.
+        ConfigError: The Redis would lose or drop jobs, see :mod:`mixfleet_broker.server_check`.
         EngineError: The model cannot be loaded.
         EngineBrokenError: The engine failed and stays broken.
     """
     started_at = time.time()
     logger.info("worker starting worker_id=%s model=%s", config.worker_id, config.model)
     with _stage(f"broker {safe_redis_url(redis_url)}"):
-        connect(redis_url, patience_s=START_PATIENCE_S).close()
+        check_broker(redis_url, patience_s=START_PATIENCE_S)
         # Before the load, which may take minutes: from here on an outage is sat out.
         redis = connect(redis_url, patience_s=IO_PATIENCE_S, max_block_s=BELL_WAIT_S)
     with redis:

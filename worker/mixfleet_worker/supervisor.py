@@ -1,5 +1,6 @@
 """Keeps the worker processes of one machine running."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,11 +48,13 @@ class _Place:
     started_at: float
     backoff_s: float = FIRST_BACKOFF_S
     restart_at: float | None = None
-    """None while the process runs."""
+    """None while the process runs, infinite when it is not to run again."""
 
 
 class Supervisor:
     """Starts processes, restarts those that die, and ends them.
+
+    A process that ends without an error was told to, and stays away.
 
     Args:
         spawn: Starts process number n, counted from 1.
@@ -93,6 +96,10 @@ class Supervisor:
     def _notice(self, number: int, place: _Place) -> None:
         status = place.process.poll()
         if status is None:
+            return
+        if status == 0:  # it was told to, by an operator or a signal
+            place.restart_at = math.inf
+            self._report(f"worker {number}: process {place.process.pid} has left, as it was told")
             return
         now = self._clock()
         if now - place.started_at >= STEADY_S:

@@ -22,6 +22,7 @@ from mixfleet_broker.options import setting_options
 from mixfleet_broker.redis_url import safe_redis_url
 from mixfleet_broker.registry import WorkerRecord
 from mixfleet_broker.registry import workers as live_workers
+from mixfleet_broker.server_check import check_server, refuse_unfit, summary
 from mixfleet_broker.server_directory import FileLock
 from mixfleet_broker.settings import CONFIG_FLAG, SETTINGS, Settings
 from mixfleet_engine.errors import EngineError
@@ -138,8 +139,10 @@ class Fleet:
         """Start a Redis of our own unless one is given, and see that it answers."""
         with _step() as done:
             if self.settings.redis is not None:
-                connect(self.settings.redis).close()
-                done(f"redis: {safe_redis_url(self.settings.redis)}")
+                with connect(self.settings.redis) as redis:
+                    found = check_server(redis)
+                refuse_unfit(found, self.settings.redis)
+                done(f"redis: {safe_redis_url(self.settings.redis)}, {summary(found)}")
                 return None
             server = stack.enter_context(EmbeddedRedis(self.settings.data_dir))
             done(f"redis: embedded, process {server.pid}, {safe_redis_url(server.url)}")

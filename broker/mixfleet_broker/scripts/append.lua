@@ -1,4 +1,4 @@
--- uses:
+-- uses: privileged
 -- Append a chunk where a plain XADD was refused for want of memory: this script may go over the
 -- limit, so that a full Redis can drain.
 --

@@ -1,4 +1,4 @@
--- uses:
+-- uses: privileged
 -- A worker says that it lives, in our registry and in rq's; the dead are taken out of the lists.
 --
 -- KEYS[1]  rq's list of the queue

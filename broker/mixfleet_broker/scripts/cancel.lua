@@ -10,8 +10,7 @@
 local job_id = ARGV[2]
 local v = job_fields(job_id, 'status', 'mf_token', 'origin', 'worker_name')
 if not v[1] or v[3] ~= model then return {false, ended} end
-if v[1] == 'canceled' then settle_foreign_cancel(job_id) end
-v[1] = true_status(job_id, v[1], v[2])
+settle_foreign_end(job_id, v[1])
 if v[1] ~= 'queued' and v[1] ~= 'started' then return {v[1], ended} end
 
 if v[1] == 'started' and v[2] then

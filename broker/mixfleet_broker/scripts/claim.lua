@@ -1,4 +1,4 @@
--- uses: outcome order mirror losses
+-- uses: privileged outcome order mirror losses
 -- Give a worker up to n jobs, first in the order first.
 --
 -- KEYS[1]  rq's list of the queue
@@ -54,6 +54,8 @@ local function enter_foreign(job_id, place)
       'mf_cost', entry.cost, 'mf_answer', entry.answer, 'mf_tenant', entry.tenant,
       'mf_score', whole(score))
     redis.call('HSETNX', key.job(job_id), 'mf_at', whole(now_ms))
+    -- rq's producers write the whole call into it, and rq's tools show it.
+    redis.call('HSET', key.job(job_id), 'description', 'chat')
   end
 end
 
@@ -117,15 +119,6 @@ local function start(job_id, fields, alone)
   give(job_id, token, run, num_tokens)
 end
 
--- Whether a job that was in the order is to be run. A stock rq worker that somebody pointed at our
--- queue calls it started, and failed a moment later: all that it can do is to refuse.
-local function still_waits(job_id, status, token)
-  if status == 'queued' then return true end
-  if (status ~= 'started' and status ~= 'failed') or (token and token ~= '') then return false end
-  local _, _, is_ended = channel_tail(job_id)
-  return not is_ended
-end
-
 local function take(job_id, alone)
   leave(job_id)
   list_remove(job_id)
@@ -134,9 +127,11 @@ local function take(job_id, alone)
   local v = job_fields(job_id, 'status', 'mf_request', 'data', 'mf_attempt', 'mf_losses', 'mf_end_by',
     'mf_start_by', 'mf_attended', 'mf_token')
   local start_by = tonumber(v[7] or nil)
-  if v[1] == 'canceled' then
-    settle_foreign_cancel(job_id)
-  elseif not (still_waits(job_id, v[1], v[9]) and (v[2] or v[3])) then
+  -- A worker of rq's own that died on a job of ours leaves it started, and held by nobody.
+  local is_orphan = v[1] == 'started' and v[2] and (v[9] or '') == ''
+  if v[1] ~= 'queued' and not is_orphan then
+    settle_foreign_end(job_id, v[1])
+  elseif not (v[2] or v[3]) then
     return
   elseif (tonumber(v[6] or nil) or math.huge) <= now_ms
     or (start_by and start_by <= now_ms and (tonumber(v[4]) or 0) == 0) then

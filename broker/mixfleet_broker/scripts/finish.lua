@@ -1,4 +1,4 @@
--- uses: outcome rates
+-- uses: privileged outcome rates
 -- End a job from inside: the last chunk, the end and the state are one step, so no next worker
 -- can find an answer that is whole and not ended.
 --
@@ -13,13 +13,15 @@
 
 local job_id, token, run, status = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local v = job_fields(job_id, 'mf_token', 'status', 'worker_name', 'mf_request', 'mf_attempt', 'mf_bytes',
-  'mf_tenant', 'mf_class', 'mf_cost')
+  'mf_tenant', 'mf_class', 'mf_cost', 'mf_answer')
 if v[1] ~= token then return 0 end
-v[2] = true_status(job_id, v[2], token)
-if v[2] == 'finished' or v[2] == 'failed' then return 1 end
-if v[2] ~= 'started' then return 0 end
+local last_ms, delivered, is_ended = channel_tail(job_id)
+if (v[2] == 'finished' or v[2] == 'failed') and is_ended then return 1 end
+if v[2] ~= 'started' then
+  settle_foreign_end(job_id, v[2])
+  return 0
+end
 
-local last_ms, delivered = channel_tail(job_id)
 if ARGV[7] ~= '' then
   local num_tokens, num_new = tonumber(ARGV[8]), tonumber(ARGV[9])
   if num_tokens - num_new == delivered then
@@ -58,7 +60,8 @@ local function learn_from_this()
   correct_charge(prompt_tokens + answer_tokens)
   -- A run that went on with another's answer says nothing of how long one takes.
   if v[5] ~= '1' then return end
-  local samples = {service_ms = math.max(1, now_ms - tonumber(run)), answer_tokens = answer_tokens}
+  local samples = {service_ms = math.max(1, now_ms - tonumber(run)), answer_tokens = answer_tokens,
+    expected_tokens = tonumber(v[10] or nil) or answer_tokens}
   local bytes = tonumber(v[6] or nil)
   if bytes and bytes > 0 and prompt_tokens > 0 then samples.bytes_per_token = bytes / prompt_tokens end
   learn(samples)

@@ -1,4 +1,4 @@
--- uses: outcome order mirror losses
+-- uses: privileged outcome order mirror losses
 -- Extend a worker's leases and tell it which of its runs are not its own any more.
 --
 -- KEYS[1]  rq's list of the queue
@@ -24,7 +24,6 @@ end
 for i = 4, #ARGV, 2 do
   local job_id, token = ARGV[i], ARGV[i + 1]
   local v = job_fields(job_id, 'mf_token', 'status', 'mf_attended')
-  if v[1] == token then v[2] = true_status(job_id, v[2], token) end
   local mine = v[1] == token and v[2] == 'started'
   if mine and not reader_is_gone(job_id, v[3]) then
     extend(job_id, token)
@@ -33,8 +32,8 @@ for i = 4, #ARGV, 2 do
     drop_lease(job_id, token)
     if mine then
       cancel_unread(job_id)
-    elseif v[1] == token and v[2] == 'canceled' then
-      settle_foreign_cancel(job_id)
+    elseif v[1] == token then
+      settle_foreign_end(job_id, v[2])
     end
   end
 end

@@ -1,4 +1,4 @@
--- uses: outcome order mirror
+-- uses: privileged outcome order mirror
 -- Let a failed job run again from nothing, as an operator wishes.
 --
 -- KEYS[1]  rq's list of the queue

@@ -47,6 +47,8 @@ def test_help_lists_every_command_in_the_order_of_the_table() -> None:
             "chat",
             "worker",
             "queue",
+            "job",
+            "rq",
             "model",
             "doctor",
         ]

@@ -1,12 +1,15 @@
 import io
 import logging
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from mixfleet import ChatResult, Client, Usage
-from mixfleet.display import Display, NoteHandler, stats_line
+from mixfleet.display import Display, NoteHandler, stats_line, waiting_line
 from mixfleet.errors import EngineFailedError
 from mixfleet_broker.messages import JobEnd
+from mixfleet_broker.records import JobInfo
 from mixfleet_broker.settings import Settings
 from support.fake_transport import FakeClock, FakeTransport, answer, fleet
 
@@ -166,3 +169,27 @@ def test_stats_leave_out_what_was_not_measured() -> None:
         total_s=None,
     )
     assert stats_line(result) == "[1 + 1 tokens · worker a · job j]"
+
+
+def a_standing(**changes: Any) -> JobInfo:
+    info = JobInfo(job_id="j", state="queued", position=2, worker_id=None, attempt=0, num_losses=0)
+    return replace(info, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({}, "queued, position 3"),
+        ({"eta_s": 12.3}, "queued, position 3, about 12 s"),
+        ({"eta_s": 0.0}, "queued, position 3, about 0.0 s"),
+        ({"outlook": "no_worker"}, "queued, position 3, no worker yet"),
+        ({"outlook": "paused"}, "queued, position 3, the workers are paused"),
+        (
+            {"outlook": "suspect", "position": None},
+            "queued, to be run alone: workers that ran it died",
+        ),
+        ({"outlook": "started", "state": "started", "position": None}, "reading the prompt"),
+    ],
+)
+def test_a_wait_is_said_as_it_is(changes: dict[str, Any], shown: str) -> None:
+    assert waiting_line(a_standing(**changes)) == shown

@@ -187,3 +187,18 @@ def test_two_outages_are_counted_apart() -> None:
         transport.outage_until = clock.now + 20.0
         transport.schedule("a", [(25.0, chunk(number, "x"))])
         assert isinstance(reader.next_event(), TokenChunk)
+
+
+def test_a_reader_ends_a_job_whose_deadline_is_over_where_nobody_else_does() -> None:
+    clock = FakeClock()
+    transport = FakeTransport(clock)
+    patience = Patience(silence_s=1000.0, deadlines_s=(5.0, 20.0))
+    reader = reader_of(transport, clock, patience=patience)
+    assert reader.next_event(4.0) is None
+    assert transport.expired == []
+    assert reader.next_event(5.0) is None
+    assert transport.expired == ["a"]
+    assert reader.next_event(5.0) is None
+    assert transport.expired == ["a"]
+    assert reader.next_event(10.0) is None
+    assert transport.expired == ["a", "a"]

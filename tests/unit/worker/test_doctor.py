@@ -225,3 +225,21 @@ def test_a_redis_that_answers_is_named_without_its_password(run: CliRun) -> None
         state, text = checks_of(run("--json", "--redis", server.url))["redis"]
     assert state == "ok"
     assert text.startswith("answers at unix://")
+
+
+@pytest.mark.slow
+def test_what_is_found_of_a_redis_is_a_line_each_and_what_a_worker_refuses_is_a_problem(
+    run: CliRun,
+) -> None:
+    with RedisServer("--appendonly", "no") as server:
+        fair = run("--json", "--redis", server.url)
+    assert fair.exit_code == 0
+    states = {name: state for name, (state, _) in checks_of(fair).items()}
+    assert states["redis-version"] == states["redis-memory"] == "ok"
+    assert states["redis-persistence"] == "note"
+    with RedisServer("--maxmemory", "50mb", "--maxmemory-policy", "allkeys-lru") as server:
+        bad = run("--json", "--redis", server.url)
+    assert bad.exit_code == 1
+    state, text = checks_of(bad)["redis-memory"]
+    assert state == "problem"
+    assert "Set maxmemory-policy noeviction" in text

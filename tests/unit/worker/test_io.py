@@ -6,11 +6,14 @@ import pytest
 
 from mixfleet_broker.errors import BrokerError, MessageError
 from mixfleet_broker.messages import JobEnd, TokenChunk, Usage
+from mixfleet_broker.orders import READ_YOUR_ORDER
 from mixfleet_broker.queue import Lease
 from mixfleet_worker.handoff import (
     Close,
+    DrainOrdered,
     EndWrite,
     IOFailed,
+    IsolateJob,
     JobTimes,
     LostJob,
     Mailboxes,
@@ -535,3 +538,99 @@ def test_a_reap_that_is_refused_does_not_stop_the_jobs_in_hand() -> None:
     worker.turn(an_end(taken.claimed.lease))
     assert broker.jobs["a"].text == "x"
     assert len(broker.jobs["a"].ends) == 1
+
+
+# What others have to say
+
+
+def test_a_paused_worker_claims_nothing_goes_on_with_its_jobs_and_waits_for_a_word() -> None:
+    worker = Fixture(slots=4)
+    lease = worker.take("a")
+    worker.broker.order = "pause"
+    worker.broker.words = [READ_YOUR_ORDER]
+    worker.turn(chunk_write(lease, 1))
+    worker.broker.push("b")
+    assert job_ids(worker.turn(chunk_write(lease, 2))) == []
+    assert worker.broker.jobs["a"].num_tokens == 2
+    assert [activity.state for activity in worker.broker.activities][-1] == "paused"
+    worker.turn(an_end(lease, 3))
+    worker.broker.calls.clear()
+    worker.turn()
+    assert worker.broker.calls[-1] == "wait_for_word"
+    worker.broker.order = None
+    worker.broker.words = [READ_YOUR_ORDER]
+    worker.turn()
+    assert job_ids(worker.turn()) == ["b"]
+    assert [activity.state for activity in worker.broker.activities][-1] == "busy"
+
+
+def test_a_beat_brings_an_order_whose_word_was_lost() -> None:
+    worker = Fixture(slots=2)
+    worker.turn()
+    worker.broker.order = "pause"
+    worker.clock.now += LEASE_S / 3
+    worker.turn()
+    worker.broker.push("a")
+    assert job_ids(worker.turn()) == []
+
+
+def test_an_ordered_drain_is_told_to_the_loop_once() -> None:
+    worker = Fixture(slots=2)
+    worker.broker.order = "drain"
+    heard: list[ToLoop] = []
+    for _ in range(3):
+        worker.clock.now += LEASE_S / 3
+        heard += worker.turn()
+    assert sum(isinstance(item, DrainOrdered) for item in heard) == 1
+
+
+def test_a_word_of_a_cancel_stops_the_run_at_once() -> None:
+    worker = Fixture(slots=2)
+    lease = worker.take("a")
+    worker.broker.cancel("a")
+    worker.broker.words = [f"c:a:{lease.token}"]
+    # A step of prefill: nothing to write.
+    assert worker.turn() == [LostJob(lease=lease)]
+
+
+def test_a_word_about_an_earlier_run_stops_nothing() -> None:
+    worker = Fixture(slots=2)
+    worker.take("a")
+    worker.broker.words = ["c:a:another", "c:unknown:t1", "what"]
+    assert worker.turn() == []
+
+
+def test_a_worker_says_whether_it_is_idle_when_it_claims() -> None:
+    worker = Fixture(slots=3)
+    lease = worker.take("a")
+    worker.broker.push("b")
+    worker.turn(chunk_write(lease, 1))
+    assert worker.broker.idle_claims == [True, False]
+
+
+def test_a_slot_that_is_not_yet_free_is_waited_for_at_the_loop_not_at_the_bell() -> None:
+    worker = Fixture(slots=1)
+    lease = worker.take("a")
+    worker.broker.words = [f"c:a:{lease.token}"]
+    worker.broker.calls.clear()
+    worker.turn(free_slots=0)
+    assert worker.broker.calls == ["flush", "beat"]  # it became idle
+    worker.turn(free_slots=1)
+    assert worker.broker.calls[-1] == "wait_for_jobs"
+
+
+def test_beside_a_job_that_is_to_run_alone_nothing_is_claimed() -> None:
+    worker = Fixture(slots=4)
+    worker.broker.alone.add("a")
+    lease = worker.take("a")
+    worker.broker.push("b")
+    assert job_ids(worker.turn(chunk_write(lease, 1))) == []
+    assert job_ids(worker.turn(an_end(lease, 2))) == ["b"]
+
+
+def test_jobs_to_be_isolated_are_handed_back_at_once() -> None:
+    worker = Fixture(slots=2)
+    lease = worker.take("a")
+    worker.mailboxes.to_io.put(IsolateJob(lease=lease))
+    worker.turn()
+    assert worker.broker.isolated == ["a"]

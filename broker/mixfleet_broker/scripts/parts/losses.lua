@@ -34,8 +34,8 @@ local function take_back(job_id, token, reason)
   local v = job_fields(job_id, 'mf_token', 'status', 'worker_name')
   drop_lease(job_id, token)
   if v[1] ~= token then return end
-  if v[2] == 'canceled' then settle_foreign_cancel(job_id) end
-  if true_status(job_id, v[2], token) ~= 'started' then return end
+  settle_foreign_end(job_id, v[2])
+  if v[2] ~= 'started' then return end
   local _, num_tokens = channel_tail(job_id)
   note_run(job_id, v[3], reason, num_tokens)
   if reason ~= 'lost' then return put_back(job_id, reason, reason == 'isolated') end

@@ -1,6 +1,7 @@
 -- How a run stops and how a job ends: its channel, its lease, its state, its registry.
 
 local CANCELED_TTL_S = 300
+local FAILED_TTL_S = 86400 -- where a stranger failed it
 -- As readers of the channel accept them; ms of the clock have 13.
 local MAX_RUN_DIGITS = 15
 local MAX_HISTORY = 16
@@ -66,14 +67,15 @@ end
 
 -- End a job: its state, its registry, its times to live and its last event.
 local function settle(job_id, status, body, ttl_s, channel_ttl_s)
-  redis.call('HSET', key.job(job_id), 'status', status, 'ended_at', iso_now())
+  local said = cmsgpack.unpack(body)
+  redis.call('HSET', key.job(job_id), 'status', status, 'ended_at', iso_now(),
+    'mf_reason', said.c or said.r or '', 'mf_message', said.m or '')
   redis.call('HDEL', key.job(job_id), 'mf_place')
   redis.call('EXPIRE', key.job(job_id), ttl_s)
   redis.call('ZADD', key[status](model), now_s + ttl_s, job_id)
   redis.call('ZREM', key.deadlines(model), job_id)
   redis.call('DEL', key.reader(job_id))
   say_end(job_id, body, channel_ttl_s)
-  local said = cmsgpack.unpack(body)
   ended[#ended + 1] = {job_id, status, said.c or said.r or '', said.m or ''}
 end
 
@@ -81,26 +83,18 @@ local function cancel_body(message)
   return cmsgpack.pack({s = 'canceled', m = message})
 end
 
--- rq's own Job.cancel knows nothing of channels and sets no time to live: make up for it.
-local function settle_foreign_cancel(job_id)
+-- rq's own tools and workers know nothing of channels, and a cancel of theirs sets no time to live:
+-- make up for it where they have ended a job.
+local function settle_foreign_end(job_id, status)
+  if status ~= 'canceled' and status ~= 'failed' then return end
   local _, _, is_ended = channel_tail(job_id)
-  if not is_ended then
-    settle(job_id, 'canceled', cancel_body("cancelled with rq's tools"), CANCELED_TTL_S, CANCELED_TTL_S)
+  if is_ended then return end
+  if status == 'canceled' then
+    settle(job_id, status, cancel_body("cancelled with rq's tools"), CANCELED_TTL_S, CANCELED_TTL_S)
+  else
+    local body = cmsgpack.pack({s = status, c = 'failed', m = "rq's own worker or tools failed it"})
+    settle(job_id, status, body, FAILED_TTL_S, FAILED_TTL_S)
   end
-end
-
--- A stock rq worker that somebody pointed at our queue fails what it takes out of rq's list, also
--- when a run of ours has it: that is not for it to say. Returns the true status of a run's job.
-local function true_status(job_id, status, token)
-  if status ~= 'failed' or not token or token == '' then return status end
-  local last_ms, _, is_ended = channel_tail(job_id)
-  if last_ms == 0 or is_ended then return status end
-  redis.call('HSET', key.job(job_id), 'status', 'started', 'ended_at', '',
-    'worker_name', redis.call('HGET', key.execution(job_id, token), 'worker_name') or '')
-  redis.call('PERSIST', key.job(job_id))
-  redis.call('ZREM', key.failed(model), job_id)
-  redis.call('DEL', key.results(job_id))
-  return 'started'
 end
 
 local BASE64 = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/'

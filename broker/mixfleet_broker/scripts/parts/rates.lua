@@ -49,16 +49,17 @@ local function capacity()
   return num_workers, num_slots, num_alive
 end
 
--- Tokens, and tokens of answers alone, of the jobs before a rank.
+-- Tokens, and tokens of answers alone, of the jobs before a rank: added up where they are few, else by
+-- the mean of all that wait. So also for a client of least privilege, which may not see who waits.
 local function tokens_ahead(rank)
   if rank == 0 then return 0, 0 end
-  local tokens, answers = 0, 0
-  if rank > EXACT then
+  local ahead = rank <= EXACT and redis.pcall('ZRANGE', key.ready(model), 0, rank - 1) or {err = ''}
+  if ahead.err then
     local num_waiting = math.max(1, redis.call('HLEN', key.waiting(model)))
     local sums = redis.call('HMGET', key.loads(model), 'tokens', 'answers')
     return rank * tonumber(sums[1] or 0) / num_waiting, rank * tonumber(sums[2] or 0) / num_waiting
   end
-  local ahead = redis.call('ZRANGE', key.ready(model), 0, rank - 1)
+  local tokens, answers = 0, 0
   for _, entry in ipairs(redis.call('HMGET', key.waiting(model), unpack(ahead))) do
     local cost, answer = string.match(entry or '', '^%d+ (%d+) (%d+) ')
     tokens, answers = tokens + tonumber(cost or 0), answers + tonumber(answer or 0)
@@ -73,9 +74,10 @@ local function eta_ms(rank, answers_ahead)
   if num_slots == 0 then return -1 end
   local free = num_slots - redis.call('ZCARD', key.leases(model))
   if rank < free then return 0 end
-  local service_ms, answer = rate('service_ms'), rate('answer_tokens')
-  if not service_ms or not answer then return -1 end
+  local service_ms, expected = rate('service_ms'), rate('expected_tokens')
+  if not service_ms or not expected then return -1 end
+  -- What was expected of those ahead beside what was expected of those that were measured.
   local length = 1
-  if rank > 0 then length = answers_ahead / rank / math.max(1, answer) end
+  if rank > 0 then length = answers_ahead / rank / math.max(1, expected) end
   return math.floor((rank + 1 - math.max(0, free)) * length * service_ms / num_slots)
 end
