@@ -81,7 +81,7 @@ def test_what_rqs_workers_take_by_mistake_has_failed_and_runs_here_once_requeued
                 stock.enter_context(running(*command))
             until(lambda: redis.scard("rq:workers") == 3, "rq's workers are there")
             asked = Asked(client, *QUESTIONS)
-            # No reader is left without a word: there is an answer, or an error that says who did it.
+            # No reader is left without a word: an answer, or an error that says who did it.
             failed = [stream for stream in asked.streams if not ended_well(stream)]
             assert failed
         queue = JobQueue(redis, MODEL)
