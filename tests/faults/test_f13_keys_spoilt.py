@@ -72,13 +72,20 @@ def test_a_key_of_a_wrong_type_is_a_typed_error_and_nobody_dies_of_it(
     assert num_refused > 5
 
 
+# Scripts, so that no worker comes between.
+SPOIL = """
+if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('RENAME', KEYS[1], 'aside') end
+redis.call('PFADD', KEYS[1], 'x')
+"""
+RESTORE = """
+redis.call('DEL', KEYS[1])
+if redis.call('EXISTS', 'aside') == 1 then redis.call('RENAME', 'aside', KEYS[1]) end
+"""
+
+
 @contextmanager
 def spoilt(redis: Redis, name: str) -> Iterator[None]:
     """Let there be something else meanwhile in the place of a key."""
-    if redis.exists(name):
-        redis.rename(name, "aside")
-    redis.pfadd(name, "x")
+    redis.eval(SPOIL, 1, name)
     yield
-    redis.delete(name)
-    if redis.exists("aside"):
-        redis.rename("aside", name)
+    redis.eval(RESTORE, 1, name)

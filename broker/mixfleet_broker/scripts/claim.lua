@@ -26,8 +26,8 @@ local claimed, members = {}, {}
 
 local function give(job_id, token, run, num_tokens)
   local v = job_fields(job_id, 'mf_attempt', 'mf_losses', 'mf_request', 'data', 'mf_solo', 'mf_end_by')
-  local end_by = tonumber(v[6] or nil)
-  claimed[#claimed + 1] = {job_id, token, run, num_tokens, tonumber(v[1]), tonumber(v[2]),
+  local end_by = count(v[6])
+  claimed[#claimed + 1] = {job_id, token, run, num_tokens, count(v[1], 1), count(v[2], 0),
     v[3] and 0 or 1, v[3] or v[4], v[5] == '1' and 1 or 0, end_by and math.max(0, end_by - now_ms) or -1}
 end
 
@@ -45,8 +45,8 @@ end
 -- A job of an rq producer, or one that an operator requeued with rq's tools.
 local function enter_foreign(job_id, place)
   local v = job_fields(job_id, 'mf_class', 'mf_cost', 'mf_answer', 'mf_tenant', 'status')
-  local entry = {class = tonumber(v[1] or stock_class), cost = tonumber(v[2] or stock_tokens),
-    answer = tonumber(v[3] or stock_tokens), tenant = v[4] or stock_tenant}
+  local entry = {class = class_of(v[1], stock_class), cost = count(v[2], stock_tokens),
+    answer = count(v[3], stock_tokens), tenant = v[4] or stock_tenant}
   local score = next_score(entry.class, entry.tenant, entry.cost)
   enter(job_id, entry, score)
   if v[5] == 'queued' then
@@ -82,7 +82,7 @@ end
 
 local function start(job_id, fields, alone)
   local last_ms, num_tokens, is_ended = channel_tail(job_id)
-  local losses = tonumber(fields[5]) or 0
+  local losses = count(fields[5], 0)
   if is_ended or last_ms == 0 then
     -- A new job, or one that had ended and that an operator requeued: it begins from nothing.
     redis.call('DEL', key.channel(job_id))
@@ -97,12 +97,12 @@ local function start(job_id, fields, alone)
     'failure_callback_name', 'stopped_callback_name', 'retries_left', 'repeats_left', 'mf_place')
   redis.call('HSET', job, 'status', 'started', 'started_at', now, 'last_heartbeat', now,
     'ended_at', '', 'worker_name', worker_id, 'mf_token', token, 'mf_solo', alone and '1' or '',
-    'mf_attempt', (tonumber(fields[4]) or 0) + 1, 'mf_losses', losses)
+    'mf_attempt', count(fields[4], 0) + 1, 'mf_losses', losses)
   -- At once: whatever fails from here on, the lease ends and the job comes back.
   redis.call('ZADD', leases, now_ms + lease_ms, member)
   redis.call('PERSIST', job)
   -- Its worker ends it on time; this is for one that does not.
-  local end_by = tonumber(fields[6] or nil)
+  local end_by = count(fields[6])
   if end_by then redis.call('ZADD', key.deadlines(model), end_by + lease_ms, job_id) end
   redis.call('HSET', key.execution(job_id, token), 'id', token, 'job_id', job_id,
     'created_at', now_s, 'last_heartbeat', now_s, 'worker_name', worker_id)
@@ -126,15 +126,15 @@ local function take(job_id, alone)
   if #job_id > 128 or not string.match(job_id, '^[%w_%-]+$') then return end
   local v = job_fields(job_id, 'status', 'mf_request', 'data', 'mf_attempt', 'mf_losses', 'mf_end_by',
     'mf_start_by', 'mf_attended', 'mf_token')
-  local start_by = tonumber(v[7] or nil)
+  local start_by = count(v[7])
   -- A worker of rq's own that died on a job of ours leaves it started, and held by nobody.
   local is_orphan = v[1] == 'started' and v[2] and (v[9] or '') == ''
   if v[1] ~= 'queued' and not is_orphan then
     settle_foreign_end(job_id, v[1])
   elseif not (v[2] or v[3]) then
     return
-  elseif (tonumber(v[6] or nil) or math.huge) <= now_ms
-    or (start_by and start_by <= now_ms and (tonumber(v[4]) or 0) == 0) then
+  elseif count(v[6], math.huge) <= now_ms
+    or (start_by and start_by <= now_ms and count(v[4], 0) == 0) then
     expire(job_id, true)
   elseif reader_is_gone(job_id, v[8]) then
     cancel_unread(job_id)

@@ -46,12 +46,12 @@ end
 
 -- What the tenant was charged was a guess: put right what its next job pays.
 local function correct_charge(num_tokens)
-  local tenant, class, cost = v[7], tonumber(v[8] or nil), tonumber(v[9] or nil)
+  local tenant, class, cost = v[7], count(v[8]), count(v[9])
   if not (tenant and class and cost) then return end
   local tags = key.tags(model, class)
   local tag = redis.call('ZSCORE', tags, tenant)
   if not tag then return end
-  local weight = tonumber(redis.call('HGET', key.weights(), tenant) or 1)
+  local weight = number(redis.call('HGET', key.weights(), tenant), 1)
   redis.call('ZADD', tags, math.max(0, tag + (num_tokens - cost) / weight), tenant)
 end
 
@@ -61,8 +61,8 @@ local function learn_from_this()
   -- A run that went on with another's answer says nothing of how long one takes.
   if v[5] ~= '1' then return end
   local samples = {service_ms = math.max(1, now_ms - tonumber(run)), answer_tokens = answer_tokens,
-    expected_tokens = tonumber(v[10] or nil) or answer_tokens}
-  local bytes = tonumber(v[6] or nil)
+    expected_tokens = count(v[10], answer_tokens)}
+  local bytes = count(v[6])
   if bytes and bytes > 0 and prompt_tokens > 0 then samples.bytes_per_token = bytes / prompt_tokens end
   learn(samples)
 end

@@ -11,7 +11,7 @@ local v = job_fields(job_id, 'status', 'origin', 'mf_class', 'mf_cost', 'mf_answ
 if not v[1] or v[2] ~= model then return false end
 if v[1] ~= 'failed' then return v[1] end
 
-local entry = {class = tonumber(v[3] or 1), cost = tonumber(v[4] or 0), answer = tonumber(v[5] or 0),
+local entry = {class = class_of(v[3], 1), cost = count(v[4], 0), answer = count(v[5], 0),
   tenant = v[6] or 'default'}
 local score, now = next_score(entry.class, entry.tenant, entry.cost), iso_now()
 redis.call('ZREM', key.failed(model), job_id)

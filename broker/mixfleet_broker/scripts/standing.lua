@@ -25,6 +25,7 @@ if v[1] == 'queued' then
   end
 end
 local num_workers, num_slots, num_alive = capacity()
-local waited = v[5] and tonumber(v[5]) and now_ms - tonumber(v[5]) or -1
-return {v[1], v[2] or '', tonumber(v[3] or 0), tonumber(v[4] or 0), waited, rank, math.floor(tokens), eta,
+local at = count(v[5])
+local waited = at and math.max(0, now_ms - at) or -1
+return {v[1], v[2] or '', count(v[3], 0), count(v[4], 0), waited, rank, math.floor(tokens), eta,
   num_workers, num_alive, num_slots, redis.call('EXISTS', key.suspended()), alone}

@@ -22,6 +22,22 @@ local RUN_TTL_S = 7200
 local BELL_TTL_S = 3600
 local MAX_RINGS = 64
 
+-- The number in a field; `otherwise` where there is none, or none of ours: whoever could write into a
+-- hash must not stop the scripts that look after all jobs.
+local MAX_NUMBER = 1e15
+local function number(field, otherwise)
+  local n = tonumber(field or nil)
+  if not n or n ~= n or math.abs(n) > MAX_NUMBER then return otherwise end
+  return n
+end
+
+-- The same for what is counted.
+local function count(field, otherwise)
+  local n = number(field, -1)
+  if n < 0 then return otherwise end
+  return math.floor(n)
+end
+
 -- Whole numbers as text; Lua itself would write large ones as 1.8e+12.
 local function whole(n)
   return string.format('%.0f', n)

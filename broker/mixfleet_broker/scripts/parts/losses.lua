@@ -11,15 +11,15 @@ local requeued = {}
 local function put_back(job_id, reason, suspect)
   local v = job_fields(job_id, 'mf_score', 'mf_class', 'mf_cost', 'mf_answer', 'mf_tenant', 'mf_end_by')
   local last_ms, num_tokens = channel_tail(job_id)
-  local class = tonumber(v[2] or 1)
-  local entry = {class = class, cost = tonumber(v[3] or 0), answer = tonumber(v[4] or 0),
+  local class = class_of(v[2], 1)
+  local entry = {class = class, cost = count(v[3], 0), answer = count(v[4], 0),
     tenant = v[5] or 'default'}
   redis.call('HSET', key.job(job_id), 'status', 'queued', 'started_at', '', 'worker_name', '',
     'mf_token', '')
   -- An idle queue began its tags anew meanwhile: what was taken long ago is not behind what came since.
-  local tag = math.min(tonumber(v[1] or 0) - class * CLASS, virtual_time(class))
+  local tag = math.max(0, math.min(number(v[1], 0) - class * CLASS, virtual_time(class)))
   enter(job_id, entry, not suspect and class * CLASS + tag or nil)
-  if tonumber(v[6] or nil) then redis.call('ZADD', key.deadlines(model), v[6], job_id) end
+  if count(v[6]) then redis.call('ZADD', key.deadlines(model), count(v[6]), job_id) end
   list_prepend(job_id)
   say(job_id, last_ms, num_tokens, 'q', cmsgpack.pack({r = reason}))
   -- What its readers have must outlive the wait, and yet not a job that rq's tools delete.
@@ -31,7 +31,7 @@ end
 -- Take a run away from its worker. A lost one is blamed on the job: the last run that it may lose is
 -- alone, so that a job that kills its workers takes no neighbour with it.
 local function take_back(job_id, token, reason)
-  local v = job_fields(job_id, 'mf_token', 'status', 'worker_name')
+  local v = job_fields(job_id, 'mf_token', 'status', 'worker_name', 'mf_losses')
   drop_lease(job_id, token)
   if v[1] ~= token then return end
   settle_foreign_end(job_id, v[2])
@@ -39,7 +39,8 @@ local function take_back(job_id, token, reason)
   local _, num_tokens = channel_tail(job_id)
   note_run(job_id, v[3], reason, num_tokens)
   if reason ~= 'lost' then return put_back(job_id, reason, reason == 'isolated') end
-  local losses = redis.call('HINCRBY', key.job(job_id), 'mf_losses', 1)
+  local losses = count(v[4], 0) + 1
+  redis.call('HSET', key.job(job_id), 'mf_losses', losses)
   if losses >= limits.max_losses then
     fail(job_id, 'worker_lost', whole(losses) .. ' workers that ran it died',
       limits.result_ttl_s, limits.failure_ttl_s)
@@ -70,7 +71,7 @@ end
 local function expire(job_id, is_out)
   local v = job_fields(job_id, 'status', 'mf_token', 'mf_at', 'mf_start_by', 'mf_end_by', 'worker_name')
   redis.call('ZREM', key.deadlines(model), job_id)
-  local at, start_by, end_by = tonumber(v[3] or now_ms), tonumber(v[4] or nil), tonumber(v[5] or nil)
+  local at, start_by, end_by = count(v[3], now_ms), count(v[4]), count(v[5])
   local message
   if v[1] == 'queued' then
     if not is_out then

@@ -8,7 +8,7 @@
 local SEARCH_AROUND = 32
 
 local function list_base()
-  return tonumber(redis.call('GET', key.list_base(model)) or 0)
+  return number(redis.call('GET', key.list_base(model)), 0)
 end
 
 local function list_append(job_id)
@@ -49,7 +49,7 @@ local function list_remove(job_id)
     pop_head()
     return
   end
-  local place = tonumber(job_fields(job_id, 'mf_place')[1] or nil)
+  local place = number(job_fields(job_id, 'mf_place')[1])
   local index = place and find_near(job_id, place)
   if not index then
     redis.call('LREM', KEYS[1], 1, job_id)

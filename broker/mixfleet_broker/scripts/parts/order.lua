@@ -10,6 +10,11 @@
 local CLASS = 1e12 -- distance between classes in the scores: more than the tags of any busy period
 local NUM_CLASSES = 3
 
+local function class_of(field, otherwise)
+  local class = count(field, otherwise)
+  return class < NUM_CLASSES and class or otherwise
+end
+
 local function waiting_entry(job_id)
   local entry = redis.call('HGET', key.waiting(model), job_id)
   if not entry then return nil end
@@ -25,7 +30,7 @@ end
 -- Give the next job of a tenant its place in a class, as a score.
 local function next_score(class, tenant, cost)
   local tags = key.tags(model, class)
-  local weight = tonumber(redis.call('HGET', key.weights(), tenant) or 1)
+  local weight = number(redis.call('HGET', key.weights(), tenant), 1)
   local tag = math.max(virtual_time(class), tonumber(redis.call('ZSCORE', tags, tenant) or 0))
   redis.call('ZADD', tags, tag + cost / weight, tenant)
   return class * CLASS + tag
@@ -39,6 +44,7 @@ local function advance(class, tag)
 end
 
 local function add_load(field, amount)
+  if amount == 0 then return end -- Redis knows no -0
   if redis.call('HINCRBY', key.loads(model), field, amount) <= 0 then
     redis.call('HDEL', key.loads(model), field)
   end

@@ -59,7 +59,8 @@ end
 -- Note how a run came to its end, in the job's hash: it outlives the channel.
 local function note_run(job_id, worker_id, reason, num_tokens)
   local known = redis.call('HGET', key.job(job_id), 'mf_history')
-  local history = known and cmsgpack.unpack(known) or {}
+  local is_legible, history = pcall(cmsgpack.unpack, known or '')
+  if not is_legible or type(history) ~= 'table' then history = {} end
   history[#history + 1] = {w = worker_id or '', t = now_ms, r = reason, n = num_tokens}
   if #history > MAX_HISTORY then table.remove(history, 1) end
   redis.call('HSET', key.job(job_id), 'mf_history', cmsgpack.pack(history))

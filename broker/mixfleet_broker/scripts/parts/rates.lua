@@ -11,7 +11,7 @@ local DEFAULT_BYTES_PER_TOKEN = 4
 local EXACT = 128 -- jobs ahead whose costs are added up one by one
 
 local function rate(name)
-  return tonumber(redis.call('HGET', key.rates(model), name) or nil)
+  return number(redis.call('HGET', key.rates(model), name))
 end
 
 local function learn(samples)
