@@ -37,7 +37,7 @@ class Role:
     grants: tuple[Grant, ...]
 
 
-_CONNECTION: Final = "ping select time script|load wait info"
+_CONNECTION: Final = "ping select time script|load wait"
 
 _ENDING: Final = (
     Grant("hget hset hdel hmget expire exists hincrby", (keys.JOB,)),
@@ -98,13 +98,13 @@ ROLES: Final[tuple[Role, ...]] = (
     Role(
         name="gateway",
         meaning="does so for many, looks after the queue, gives workers orders; claims nothing",
-        keyless=f"{_CONNECTION} multi exec",
+        keyless=f"{_CONNECTION} info multi exec",
         grants=(Grant(_ANY_STATE, KEYS),),
     ),
     Role(
         name="worker",
         meaning="claims and answers jobs",
-        keyless=f"{_CONNECTION} multi exec config|get",
+        keyless=f"{_CONNECTION} info multi exec config|get",
         grants=(Grant(f"{_ANY_STATE} zpopmin blpop", KEYS),),
     ),
 )

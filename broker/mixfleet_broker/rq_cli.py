@@ -7,13 +7,14 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Final
 
 import click
 
 from mixfleet_broker.connection import find_redis_url, plain_redis_url
-from mixfleet_broker.errors import MissingExtraError
+from mixfleet_broker.errors import ConfigError, MissingExtraError
 from mixfleet_broker.options import setting_options
 from mixfleet_broker.settings import Settings
 
@@ -64,7 +65,7 @@ def rq() -> None:
 
 def _command(tool: Tool) -> click.Command:
     @click.command(tool.name, help=tool.help, context_settings={"ignore_unknown_options": True})
-    @setting_options("redis", "data_dir")
+    @setting_options("redis", "data_dir", "key_prefix")
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     def command(settings: Settings, arguments: Sequence[str]) -> None:
         _start(tool, settings, arguments)
@@ -76,14 +77,23 @@ def _start(tool: Tool, settings: Settings, arguments: Sequence[str]) -> None:
     """Become the tool."""
     if not all(find_spec(module) for module in tool.modules):
         raise _not_installed(tool)
+    if settings.key_prefix and not _knows_prefixes(version("rq")):
+        raise ConfigError(
+            f"key_prefix={settings.key_prefix}: rq {version('rq')} sees only keys that begin with "
+            "rq: install rq 3"
+        )
     # Asked first, so that a server that is away is one line, in our words.
     url = plain_redis_url(find_redis_url(settings))
     # click splits a variable with many values at white space.
     os.environ[tool.url_variable] = "%20".join(url.split())
-    os.environ["RQ_KEY_PREFIX"] = "rq"
+    os.environ["RQ_KEY_PREFIX"] = f"{settings.key_prefix}rq"
     # -P: a file in the working directory must not be taken for a module.
     program = [sys.executable, "-P", "-m", "mixfleet_broker.rq_tools"]
     os.execv(sys.executable, [*program, tool.name, *arguments])
+
+
+def _knows_prefixes(rq_version: str) -> bool:
+    return int(rq_version.partition(".")[0]) >= 3
 
 
 def _not_installed(tool: Tool) -> Exception:

@@ -64,7 +64,7 @@ class FaultWorker(WorkerProcess):
     @property
     def num_known_losses(self) -> int:
         """Runs of which it has understood that they are not its own any more."""
-        return self.log.count("lease gone") + self.log.count("state=lost")
+        return self.log.count("lease gone") + self.log.count("end refused")
 
     def wake_engine(self) -> None:
         """Let an engine that hangs go on."""

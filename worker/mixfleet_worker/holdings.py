@@ -194,12 +194,20 @@ class Holdings:
 
     def _log_end(self, write: EndWrite, queue_s: float | None, *, done: bool) -> None:
         end, times = write.end, write.times
+        if not done:  # whoever has ended or taken it has said so
+            logger.info(
+                "end refused job_id=%s run=%d: the job is not this run's any more worker_id=%s",
+                write.lease.job_id,
+                write.lease.run,
+                self._worker_id,
+            )
+            return
         first = times.first_token_at
         logger.info(
             "job ended job_id=%s state=%s reason=%s tokens=%d queue_s=%s ttft_s=%s total_s=%.3f "
             "worker_id=%s",
             write.lease.job_id,
-            end.state if done else "lost",
+            end.state,
             end.finish_reason or end.code,
             end.usage.completion_tokens if end.usage else 0,
             _seconds(queue_s),

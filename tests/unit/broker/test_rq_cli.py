@@ -50,6 +50,20 @@ def test_the_url_goes_to_the_tool_by_its_environment_alone(
     assert os.environ["RQ_KEY_PREFIX"] == "rq"  # a prefix of the user's would hide our keys
 
 
+def test_our_key_prefix_is_rqs_too_where_rq_knows_one(
+    started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("info", "--redis", SECRET, "--key-prefix", "{team}:")
+    monkeypatch.setattr(rq_cli, "version", lambda _: "3.0.0")
+    assert run(*arguments).exit_code == 0
+    assert os.environ["RQ_KEY_PREFIX"] == "{team}:rq"
+    monkeypatch.setattr(rq_cli, "version", lambda _: "2.12.0")
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert "install rq 3" in str(result.exception)
+    assert len(started) == 1
+
+
 def test_unknown_options_and_all_behind_two_dashes_go_to_the_tool(
     started: list[list[str]],
 ) -> None:
