@@ -5,7 +5,8 @@ that start with ``mixfleet:`` are ours. The scripts get the same names: :func:`l
 writes them as Lua. On a server that is shared with others a prefix stands before all of them.
 
 The fields of a job's hash are rq's own and ours, which start with ``mf_``: ``mf_request`` (the
-message, msgpack), ``mf_sum`` (its SHA-256), ``mf_bytes`` (of its prompt), ``mf_tenant``,
+message, msgpack), ``mf_sum`` (its SHA-256), ``mf_bytes`` (of its prompt), ``mf_max`` (most
+tokens of its answer, 0 where it says none), ``mf_tenant``,
 ``mf_class``, ``mf_cost`` and ``mf_answer`` (tokens expected in all and of the answer), ``mf_score``
 (its place in the order), ``mf_place`` (its number in rq's list while it waits), ``mf_at``,
 ``mf_start_by`` and ``mf_end_by`` (submit and deadlines, ms of Redis's clock), ``mf_attended``
@@ -266,8 +267,8 @@ RATES: Final = Key(
     type="hash",
     writers="finish",
     lifetime="7 days after the last finished job",
-    meaning="means over finished jobs: service_ms, answer_tokens, expected_tokens (of the answer, "
-    "before it ran), bytes_per_token; and their number, samples",
+    meaning="means over finished jobs: service_ms, answer_tokens, expected_tokens (of its "
+    "answer, as one of its kind is foreseen), bytes_per_token; and their number, samples",
 )
 CAPACITY: Final = Key(
     name="capacity",

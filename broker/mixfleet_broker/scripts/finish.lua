@@ -13,7 +13,7 @@
 
 local job_id, token, run, status = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local v = job_fields(job_id, 'mf_token', 'status', 'worker_name', 'mf_request', 'mf_attempt', 'mf_bytes',
-  'mf_tenant', 'mf_class', 'mf_cost', 'mf_answer')
+  'mf_tenant', 'mf_class', 'mf_cost', 'mf_max')
 if v[1] ~= token then return 0 end
 local last_ms, delivered, is_ended = channel_tail(job_id)
 if (v[2] == 'finished' or v[2] == 'failed') and is_ended then return 1 end
@@ -60,8 +60,11 @@ local function learn_from_this()
   correct_charge(prompt_tokens + answer_tokens)
   -- A run that went on with another's answer says nothing of how long one takes.
   if v[5] ~= '1' then return end
+  -- As it would be expected now: what was expected when it came belongs to another time.
+  local expected, max_tokens = rate('answer_tokens') or answer_tokens, count(v[10], 0)
+  if max_tokens > 0 then expected = math.min(expected, max_tokens) end
   local samples = {service_ms = math.max(1, now_ms - tonumber(run)), answer_tokens = answer_tokens,
-    expected_tokens = count(v[10], answer_tokens)}
+    expected_tokens = expected}
   local bytes = count(v[6])
   if bytes and bytes > 0 and prompt_tokens > 0 then samples.bytes_per_token = bytes / prompt_tokens end
   learn(samples)

@@ -69,7 +69,7 @@ redis.call('HSET', job,
   'result_ttl', ARGV[18], 'failure_ttl', ARGV[19],
   'started_at', '', 'ended_at', '', 'last_heartbeat', '', 'worker_name', '', 'group_id', '',
   'mf_request', ARGV[3], 'mf_sum', sum, 'mf_tenant', tenant, 'mf_class', class,
-  'mf_score', whole(score), 'mf_cost', entry.cost, 'mf_answer', answer, 'mf_bytes', ARGV[11],
+  'mf_score', whole(score), 'mf_cost', entry.cost, 'mf_answer', answer, 'mf_bytes', ARGV[11], 'mf_max', ARGV[12],
   'mf_at', whole(now_ms), 'mf_start_by', start_by, 'mf_end_by', end_by,
   'mf_attended', reader_ms > 0 and '1' or '', 'mf_token', '', 'mf_attempt', 0, 'mf_losses', 0)
 -- A job of this id may have ended just now and left its channel for its readers.

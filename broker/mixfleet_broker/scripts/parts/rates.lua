@@ -51,18 +51,22 @@ end
 
 -- Tokens, and tokens of answers alone, of the jobs before a rank: added up where they are few, else by
 -- the mean of all that wait. So also for a client of least privilege, which may not see who waits.
+-- Of an answer no more is expected than what is known now of answers.
 local function tokens_ahead(rank)
   if rank == 0 then return 0, 0 end
+  local longest = rate('answer_tokens') or math.huge
   local ahead = rank <= EXACT and redis.pcall('ZRANGE', key.ready(model), 0, rank - 1) or {err = ''}
   if ahead.err then
     local num_waiting = math.max(1, redis.call('HLEN', key.waiting(model)))
     local sums = redis.call('HMGET', key.loads(model), 'tokens', 'answers')
-    return rank * tonumber(sums[1] or 0) / num_waiting, rank * tonumber(sums[2] or 0) / num_waiting
+    return rank * tonumber(sums[1] or 0) / num_waiting,
+      rank * math.min(longest, tonumber(sums[2] or 0) / num_waiting)
   end
   local tokens, answers = 0, 0
   for _, entry in ipairs(redis.call('HMGET', key.waiting(model), unpack(ahead))) do
     local cost, answer = string.match(entry or '', '^%d+ (%d+) (%d+) ')
-    tokens, answers = tokens + tonumber(cost or 0), answers + tonumber(answer or 0)
+    tokens = tokens + tonumber(cost or 0)
+    answers = answers + math.min(longest, tonumber(answer or 0))
   end
   return tokens, answers
 end
