@@ -19,7 +19,7 @@ def write(name: str, figures: Mapping[str, object]) -> Path:
     record = {
         "benchmark": name,
         "date": datetime.now(UTC).date().isoformat(),
-        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks", name, *sys.argv[1:]]),
         "commit": _git("rev-parse", "--short", "HEAD") + _dirty(),
         "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
         "python": platform.python_version(),

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mixfleet.transport import Transport
+from mixfleet_broker.channel import FIRST
 from mixfleet_broker.errors import BrokerUnavailableError, StreamTimeoutError, UnknownJobError
-from mixfleet_broker.messages import TERMINAL_STATES, JobEvent, TokenChunk
+from mixfleet_broker.messages import TERMINAL_STATES, JobEnd, JobEvent, TokenChunk
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class EventReader:
         self._fetched_id = after or "0-0"
         self._has_token = False
         self._has_warned = False
+        self._looks_at_once = after is not None
         self._outage_since: float | None = None
         self.last_event_id = after
         """Id of the last event handed out: where another reader would go on."""
@@ -114,13 +116,15 @@ class EventReader:
         """Wait up to ``block_s`` for events and keep them; look around after a long silence."""
         # After an outage Redis may have lost the job: then a wait would be for nothing.
         was_away = self._outage_since is not None
+        at_once = was_away or self._looks_at_once
         try:
             events = self._transport.read(
-                self._job_id, self._fetched_id, 0.0 if was_away else block_s
+                self._job_id, self._fetched_id, 0.0 if at_once else block_s
             )
             is_silent = self._clock() - self._last_event_at >= self._patience.silence_s
-            if not events and (is_silent or was_away):
+            if not events and (is_silent or at_once):
                 events = self._look_around()
+            self._looks_at_once = False
             if not events and self._overdue_at and self._clock() >= self._overdue_at[0]:
                 self._transport.expire(self._job_id, self._model)
                 del self._overdue_at[0]
@@ -140,15 +144,28 @@ class EventReader:
         if state in TERMINAL_STATES:
             # The end event and the state are written together, so it must be there by now.
             events = self._transport.read(self._job_id, self._fetched_id, 0.0)
-            if not events:
-                raise UnknownJobError(job_id=self._job_id)
-            return events
+            return events or self._end_again()
         if not self._has_warned and not self._transport.num_workers(self._model):
             self._has_warned = True
             logger.warning(
                 "no worker job_id=%s model=%s state=%s", self._job_id, self._model, state
             )
         return []
+
+    def _end_again(self) -> list[tuple[str, JobEvent]]:
+        """Return the end, where that was the last event that was read before.
+
+        Who comes back and asks for what follows the end has seen it, and hears it once more.
+
+        Raises:
+            UnknownJobError: There is none: what the job had to say is no longer kept.
+        """
+        last: tuple[str, JobEvent] | None = None
+        while events := self._transport.read(self._job_id, last[0] if last else FIRST, 0.0):
+            last = events[-1]
+        if last is None or last[0] != self._fetched_id or not isinstance(last[1], JobEnd):
+            raise UnknownJobError(job_id=self._job_id)
+        return [last]
 
     def _bear_outage(self, error: BrokerUnavailableError) -> None:
         """Sleep a little before the next try; raise ``error`` once it has lasted too long."""

@@ -202,3 +202,21 @@ def test_a_reader_ends_a_job_whose_deadline_is_over_where_nobody_else_does() -> 
     assert transport.expired == ["a"]
     assert reader.next_event(10.0) is None
     assert transport.expired == ["a", "a"]
+
+
+def test_who_comes_back_behind_the_end_hears_it_again_at_once() -> None:
+    transport, clock = fleet(answer("a"))
+    first = reader_of(transport, clock)
+    events = all_events(first)
+    asked_at = clock.now
+    second = reader_of(transport, clock, after=first.last_event_id)
+    assert second.next_event() == events[-1]
+    assert clock.now == asked_at
+
+
+def test_who_comes_back_to_a_job_that_goes_on_waits_for_what_follows() -> None:
+    transport, clock = fleet(answer("a", "b", delay_s=1.0))
+    first = reader_of(transport, clock)
+    first.next_event()
+    second = reader_of(transport, clock, after=first.last_event_id)
+    assert all_events(second)[-1] == all_events(first)[-1]
