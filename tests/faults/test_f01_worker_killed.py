@@ -39,14 +39,12 @@ SLACK_S = 0.5
         "after-hand-over:2",
         "in-prefill:1",
         "in-decode:5",
-        "before-flush:1",
         "after-flush:1",
         "before-flush:7",
         "before-renew:1",
         "after-renew:2",
         "before-finish:1",
         "after-finish:1",
-        "after-finish:2",
     ],
 )
 def test_the_answers_of_a_worker_killed_at_any_step_go_on_elsewhere(

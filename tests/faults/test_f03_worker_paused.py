@@ -28,7 +28,6 @@ QUESTIONS = ("first question", "second question")
         "after-claim:1",
         "in-decode:5",
         "before-flush:5",
-        "after-flush:5",
         "before-renew:1",
         "before-finish:1",
     ],

@@ -26,7 +26,7 @@ from support.undisturbed import undisturbed_text
 pytestmark = pytest.mark.slow
 
 SEED = 18
-TROUBLE_S = 12.0
+TROUBLE_S = 10.0
 TURN_S = 0.05
 WORKER = ("--simulated", "--simulated-step-s", "0.01", "--max-batch-size", "4", "--stall-s", "2")
 
