@@ -93,3 +93,22 @@ def test_the_engines_in_the_readme_are_those_of_the_benchmark(shown: str, engine
     rates = [figures["decode"][batch]["tokens_per_s"] for batch in ("1", "8", "32")]
     cells = [f"{rate:.0f}" for rate in (figures["prefill_tokens_per_s"], *rates)]
     assert f"| {shown} | {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
+
+
+def test_the_figures_of_the_broker_in_the_readme_are_those_of_the_benchmark() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "broker.json").read_text())
+    rates = (result["rates"][who]["both_per_s"] for who in ("mixfleet", "rq", "celery"))
+    cells = " | ".join(f"{max(both.values()):.0f}" for both in rates)
+    readme = (ROOT / "README.md").read_text()
+    assert f"| {cells} | |" in readme
+    streams = result["chunks"]
+    ours, polled = (
+        streams[f"1000 streams at 10/s, {way}"]["latency_ms"]["p95"]
+        for way in ("100 a connection", "polling")
+    )
+    assert f"| {ours:.1f} ms | | | {polled:.0f} ms |" in readme
+    first, last = (
+        result["depth"]["one tenant"][depth]["claim"]["server_p50_ms"]
+        for depth in ("100", "100000")
+    )
+    assert f"{last / first:.2f} times as long with 100,000 jobs waiting" in readme
