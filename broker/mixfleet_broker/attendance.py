@@ -8,7 +8,12 @@ from collections.abc import Iterable
 
 from redis import Redis
 
-from mixfleet_broker.keys import READER, check_job_id
+from mixfleet_broker.keys import (
+    READER,
+)
+from mixfleet_broker.names import (
+    check_job_id,
+)
 from mixfleet_broker.redis_errors import redis_errors
 from mixfleet_broker.terms import READER_S
 

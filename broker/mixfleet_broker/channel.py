@@ -15,8 +15,13 @@ from redis.client import Pipeline
 
 from mixfleet_broker.errors import MessageError
 from mixfleet_broker.event_codec import TOKENS, decode_event, encode_chunk
-from mixfleet_broker.keys import CHANNEL, check_job_id
+from mixfleet_broker.keys import (
+    CHANNEL,
+)
 from mixfleet_broker.messages import JobEnd, JobEvent, TokenChunk
+from mixfleet_broker.names import (
+    check_job_id,
+)
 from mixfleet_broker.records import Lease
 from mixfleet_broker.redis_errors import redis_errors
 

@@ -11,8 +11,10 @@ from redis import Redis
 
 from mixfleet_broker import keys
 from mixfleet_broker.errors import MessageError, UnknownJobError
-from mixfleet_broker.keys import check_job_id
 from mixfleet_broker.messages import JobState
+from mixfleet_broker.names import (
+    check_job_id,
+)
 from mixfleet_broker.packing import unpack
 from mixfleet_broker.records import LostRun
 from mixfleet_broker.redis_errors import redis_errors

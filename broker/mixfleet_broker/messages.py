@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, get_args
 
 from mixfleet_broker.errors import MessageError
-from mixfleet_broker.keys import check_job_id, check_model_name
+from mixfleet_broker.names import (
+    check_job_id,
+    check_model_name,
+)
 from mixfleet_broker.packing import MAX_MESSAGE_BYTES as MAX_MESSAGE_BYTES
 from mixfleet_broker.packing import pack, unpack
 from mixfleet_broker.schema import Fields, text

@@ -10,7 +10,14 @@ from typing import Final, Literal, cast, get_args
 from redis import Redis
 
 from mixfleet_broker.errors import UnknownWorkerError
-from mixfleet_broker.keys import CONTROL, ORDER, WORKER, check_worker_id
+from mixfleet_broker.keys import (
+    CONTROL,
+    ORDER,
+    WORKER,
+)
+from mixfleet_broker.names import (
+    check_worker_id,
+)
 from mixfleet_broker.redis_errors import redis_errors
 from mixfleet_broker.waiting import wait_for_one
 

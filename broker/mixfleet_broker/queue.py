@@ -27,12 +27,14 @@ from mixfleet_broker.keys import (
     LEASES,
     QUEUE,
     UNLISTED,
+)
+from mixfleet_broker.lua import Argument, ScriptName, Scripts
+from mixfleet_broker.messages import ChatJob, JobEnd, TokenChunk, encode_stock_job
+from mixfleet_broker.names import (
     check_job_id,
     check_model_name,
     check_worker_id,
 )
-from mixfleet_broker.lua import Argument, ScriptName, Scripts
-from mixfleet_broker.messages import ChatJob, JobEnd, TokenChunk, encode_stock_job
 from mixfleet_broker.records import CancelOutcome as CancelOutcome
 from mixfleet_broker.records import ClaimedJob as ClaimedJob
 from mixfleet_broker.records import JobInfo as JobInfo

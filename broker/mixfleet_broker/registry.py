@@ -17,6 +17,7 @@ from redis import Redis
 
 from mixfleet_broker import keys
 from mixfleet_broker.lua import Scripts
+from mixfleet_broker.names import check_model_name, check_worker_id
 from mixfleet_broker.orders import Order, as_order
 from mixfleet_broker.redis_errors import redis_errors
 
@@ -71,8 +72,8 @@ class WorkerRecord:
             MessageError: One of the names cannot be part of a key.
         """
         return cls(
-            worker_id=keys.check_worker_id(worker_id),
-            model=keys.check_model_name(model),
+            worker_id=check_worker_id(worker_id),
+            model=check_model_name(model),
             state="starting",
             in_flight=0,
             max_batch_size=max_batch_size,

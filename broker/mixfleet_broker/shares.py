@@ -6,7 +6,12 @@ from typing import Final, cast
 from redis import Redis
 
 from mixfleet_broker.errors import MessageError
-from mixfleet_broker.keys import WEIGHTS, check_tenant
+from mixfleet_broker.keys import (
+    WEIGHTS,
+)
+from mixfleet_broker.names import (
+    check_tenant,
+)
 from mixfleet_broker.redis_errors import redis_errors
 
 MIN_SHARE: Final = 0.001

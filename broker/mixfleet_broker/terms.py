@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Final, Literal, Self, cast, get_args
 
 from mixfleet_broker.errors import MessageError
-from mixfleet_broker.keys import check_tenant
+from mixfleet_broker.names import (
+    check_tenant,
+)
 from mixfleet_broker.settings import Settings
 
 Priority = Literal["interactive", "default", "batch"]

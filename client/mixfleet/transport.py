@@ -7,8 +7,13 @@ from mixfleet_broker.attendance import attend
 from mixfleet_broker.channel import read_events
 from mixfleet_broker.connection import MAX_BLOCK_S, connect, find_redis_url
 from mixfleet_broker.errors import UnknownJobError
-from mixfleet_broker.keys import JOB, check_job_id
+from mixfleet_broker.keys import (
+    JOB,
+)
 from mixfleet_broker.messages import ChatJob, JobEvent
+from mixfleet_broker.names import (
+    check_job_id,
+)
 from mixfleet_broker.queue import JobQueue
 from mixfleet_broker.records import JobInfo
 from mixfleet_broker.redis_errors import redis_errors

@@ -10,7 +10,6 @@ gather here, merged to one per job, until the lease of their job must be taken f
 """
 
 import logging
-import random
 import time
 from collections.abc import Callable
 from uuid import uuid4
@@ -34,14 +33,13 @@ from mixfleet_worker.handoff import (
     receive,
 )
 from mixfleet_worker.holdings import Holdings
+from mixfleet_worker.outage import Outage
 from mixfleet_worker.session import Activity, Session
 
 logger = logging.getLogger(__name__)
 
 BELL_WAIT_S = 1.0
 """Longest wait for the bell: what a lost ring costs."""
-FIRST_BACKOFF_S = 0.05
-LAST_BACKOFF_S = 2.0
 
 
 class BrokerIO:
@@ -84,16 +82,13 @@ class BrokerIO:
         self._report: StepReport | None = None
         self._reported_at = clock()
         self._duties_at = clock()
-        self._answered_at = clock()
-        self._spares_until = clock()
         self._shown: Activity | None = None
         self._jobs_wait = True
         self._step_is_new = False
         self._claiming = True
         self._order: Order | None = None
         self._closing = False
-        self._backoff_s = 0.0
-        self._retry_at = 0.0
+        self._outage = Outage(worker_id=worker_id, lease_s=lease_s, clock=clock)
 
     def run(self) -> None:
         """Work until told to close. An error of ours is handed to the loop."""
@@ -111,7 +106,7 @@ class BrokerIO:
         Where Redis fails the turn ends. Nothing is lost: the next one goes on from there.
         """
         self._hear(self._patience_s())
-        if self._clock() < self._retry_at:
+        if self._outage.pause_s > 0:
             return
         try:
             self._work()
@@ -119,14 +114,13 @@ class BrokerIO:
             self._sit_out(error)
 
     def _work(self) -> None:
-        self._note_absence()
+        self._outage.begin_turn()
         self._keep_leases()
         self._write()
         self._claim()
         self._hand_over()
         self._show_change()
-        self._recovered()
-        self._answered_at = self._clock()
+        self._outage.end_turn()
         if self._waits_in_redis:
             self._wait_idly(min(BELL_WAIT_S, self._period_s))
 
@@ -167,7 +161,7 @@ class BrokerIO:
 
     def _patience_s(self) -> float:
         """Return how long to wait for the loop; when idle, the bell is what is waited for."""
-        if (pause_s := self._retry_at - self._clock()) > 0:
+        if (pause_s := self._outage.pause_s) > 0:
             return pause_s
         if self._holdings.has_writes or self._waits_in_redis:
             return 0.0
@@ -203,7 +197,7 @@ class BrokerIO:
             return
         if not self._is_stalled:
             self._holdings.renew_all()
-        if self._may_reap:
+        if self._outage.may_reap:
             self._reap()
         self._beat()
         self._duties_at = now + self._period_s
@@ -282,7 +276,7 @@ class BrokerIO:
             self._claim_token = uuid4().hex
         # The token is kept until a reply is seen: a repeated claim gives the same jobs.
         jobs = self._session.claim(
-            self._free(), self._claim_token, idle=self._is_idle, reaps=self._may_reap
+            self._free(), self._claim_token, idle=self._is_idle, reaps=self._outage.may_reap
         )
         self._claim_token = None
         self._jobs_wait = bool(jobs)
@@ -318,35 +312,8 @@ class BrokerIO:
 
     def _sit_out(self, error: Exception) -> None:
         """Leave Redis alone for a moment, and give up the leases that must have ended by now."""
-        if self._backoff_s == 0.0:
-            logger.warning("broker away, decoding goes on worker_id=%s: %s", self._worker_id, error)
-        now = self._clock()
-        self._retry_at = now + self._next_backoff_s()
-        self._holdings.give_up_older_than(now - self._lease_s)
-
-    def _note_absence(self) -> None:
-        """Spare the leases of others for a while where they may have ended for want of Redis.
-
-        It was away for the others too, and they are as alive as this worker: without this the first
-        to come back would take the jobs of all others, and blame the jobs for it.
-        """
-        now = self._clock()
-        if now - self._answered_at > 2 * self._period_s:
-            self._spares_until = now + self._lease_s
-
-    @property
-    def _may_reap(self) -> bool:
-        return self._clock() >= self._spares_until
-
-    def _next_backoff_s(self) -> float:
-        self._backoff_s = min(LAST_BACKOFF_S, 2 * self._backoff_s or FIRST_BACKOFF_S)
-        # Jitter: a fleet must not come back all at once.
-        return self._backoff_s * random.uniform(0.5, 1.0)
-
-    def _recovered(self) -> None:
-        if self._backoff_s > 0.0:
-            logger.info("broker is back worker_id=%s", self._worker_id)
-            self._backoff_s = 0.0
+        self._outage.fail(error)
+        self._holdings.give_up_older_than(self._clock() - self._lease_s)
 
     # Closing
 
@@ -367,7 +334,7 @@ class BrokerIO:
                         error,
                     )
                     return
-                self._hear(self._next_backoff_s())
+                self._hear(self._outage.next_backoff_s())
 
     def _write_rest(self) -> None:
         # A job has two writes at most: one that was sent, and one of all that followed it.
@@ -377,7 +344,7 @@ class BrokerIO:
     def _give_back(self) -> None:
         if self._claim_token is not None:  # jobs may be ours without our knowing
             jobs = self._session.claim(
-                1, self._claim_token, idle=self._is_idle, reaps=self._may_reap
+                1, self._claim_token, idle=self._is_idle, reaps=self._outage.may_reap
             )
             self._claim_token = None
             self._holdings.let_go([job.lease for job in jobs])
