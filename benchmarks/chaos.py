@@ -26,7 +26,7 @@ from redis import Redis
 from benchmarks import report
 from benchmarks.chaos_clients import Crowd, Outcome
 from benchmarks.chaos_faults import Trouble
-from mixfleet_broker.keys import JOB
+from mixfleet_broker.keys import CANCELED, CHANNEL, JOB
 from mixfleet_broker.queue import JobQueue
 from support.invariants import Expected, violations
 from support.redis_server import EVERYSEC, RedisServer
@@ -35,6 +35,7 @@ MODEL = "simulated"
 SETTLE_S = 240.0
 """Longest wait for the last answers, once nothing is broken any more."""
 PROGRESS_EVERY_S = 15.0
+KEEP_S = 3600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,17 +108,26 @@ def _expected(outcome: Outcome) -> Expected:
 
 
 def _settled_violations(redis: Redis, outcomes: Sequence[Outcome]) -> list[str]:
-    """Look until nothing is wrong, for a while: workers sweep up at their next turn.
-
-    Cancelled jobs are kept for five minutes only; what their clients saw of the others was whole.
-    """
-    deadline = time.monotonic() + 30
+    """Look until nothing is wrong, for a while: workers sweep up at their next turn."""
+    jobs = {o.job_id: _expected(o) for o in outcomes if not o.is_canceled or _keep(redis, o.job_id)}
+    deadline = time.monotonic() + 60
     while True:
-        kept = [o for o in outcomes if not o.is_canceled or redis.exists(JOB(o.job_id))]
-        found = violations(redis, MODEL, {o.job_id: _expected(o) for o in kept})
+        found = violations(redis, MODEL, jobs)
         if not found or time.monotonic() > deadline:
             return found
         threading.Event().wait(1.0)
+
+
+def _keep(redis: Redis, job_id: str) -> bool:
+    """Let a cancelled job outlive the look at it, which takes longer than some have left.
+
+    They are kept for five minutes: of those that were gone before, their clients saw all.
+    """
+    if not redis.expire(JOB(job_id), KEEP_S):
+        return False
+    redis.expire(CHANNEL(job_id), KEEP_S)
+    redis.zadd(CANCELED(MODEL), {job_id: time.time() + KEEP_S})
+    return True
 
 
 def summary(outcomes: Sequence[Outcome], broken: list[str], elapsed_s: float) -> Result:
