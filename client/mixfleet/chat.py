@@ -44,7 +44,9 @@ HISTORY_FILE = "chat_history"
     metavar="DIR",
     help="Load this checkpoint and chat with it here, without any fleet.",
 )
-@setting_options("redis", "model", "data_dir", "first_token_timeout_s", "log_level")
+@setting_options(
+    "redis", "model", "data_dir", "key_prefix", "tenant", "first_token_timeout_s", "log_level"
+)
 def chat(
     settings: Settings,
     question: str | None,

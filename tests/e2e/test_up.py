@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -126,6 +127,25 @@ def test_a_redis_that_is_given_is_named_with_its_version_and_warnings(
         up.await_line("ready in")
         line = rf"redis: {redis_url}, (Redis|Valkey) [\d.]+, 1 warning: see `mixfleet doctor` \("
         assert re.search(line, up.output)
+    finally:
+        assert up.end() == 0
+
+
+def test_what_to_type_next_finds_a_fleet_behind_a_prefix(redis_url: str, tmp_path: Path) -> None:
+    up = UpProcess(tmp_path / "data", "--redis", redis_url, "--key-prefix", "team:")
+    try:
+        up.await_line("ready in")
+        command = shlex.split(up.await_line(r"(\S*mixfleet chat.*)\n"))
+        answer = subprocess.run(
+            [sys.executable, "-m", "mixfleet", *command[1:], "-q", "hello"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        assert answer.returncode == 0, answer.stderr
+        assert len(answer.stdout.split()) >= 19
+        assert "with MIXFLEET_KEY_PREFIX=team:" in up.output
     finally:
         assert up.end() == 0
 

@@ -206,16 +206,18 @@ class Fleet:
     def _next_steps(self, url: str) -> str:
         """Return what to type next, with the flags that find this very fleet."""
         program = "mixfleet" if shutil.which("mixfleet") else _beside_python("mixfleet")
-        found_by = [n for n in ("redis", "data_dir", CONFIG_FLAG) if n in self.given]
+        found_by = [n for n in ("redis", "data_dir", "key_prefix", CONFIG_FLAG) if n in self.given]
         chat = shlex.join(
             [program, "chat", *(part for n in found_by for part in (_flag(n), self.given[n]))]
         )
         client = f'Client("{url}")' if found_by else "Client()"
+        prefix = self.given.get("key_prefix")
+        where = f", with {SETTINGS['key_prefix'].variable}={shlex.quote(prefix)}" if prefix else ""
         return (
             "In another terminal:\n\n"
             f"  {chat}\n"
             f'  {chat} -q "What is a mixture of experts?"\n\n'
-            "Or in Python:\n\n"
+            f"Or in Python{where}:\n\n"
             "  from mixfleet import Client\n"
             f'  for text in {client}.chat("Why is the sky blue?"):\n'
             '      print(text, end="", flush=True)\n'
