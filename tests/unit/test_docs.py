@@ -112,3 +112,17 @@ def test_the_figures_of_the_broker_in_the_readme_are_those_of_the_benchmark() ->
         for depth in ("100", "100000")
     )
     assert f"{last / first:.2f} times as long with 100,000 jobs waiting" in readme
+
+
+def test_the_figures_of_the_soak_in_the_readme_are_those_of_the_soak() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "chaos.json").read_text())
+    soak, faults = result["result"], result["faults"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for figure in (
+        f"{soak['jobs_submitted']:,} jobs",
+        f"{faults['killed']} killed workers",
+        f"{faults['Redis killed']} killed Redis servers",
+        f"{soak['lost']} lost, {soak['duplicated']} said twice, {soak['wrong_text']} wrong",
+        f"{soak['recovery_p50_s']:.1f} s (p99 {soak['recovery_p99_s']:.1f} s)",
+    ):
+        assert figure in readme
