@@ -23,6 +23,7 @@ from mixfleet_broker.registry import Registration, WorkerRecord, models, workers
 from mixfleet_broker.terms import PRIORITIES, JobTerms, QueueRules
 from support.queue_jobs import DONE, MODEL, chat_job, chunk, end_all_leases
 from support.redis_server import RedisServer
+from support.worker_process import until
 
 PREFIX = "{team}:"
 SECRET = "a secret"
@@ -129,7 +130,7 @@ def test_a_client_can_end_its_job_when_its_time_is_over(
     queue = JobQueue(connected("mixfleet-client"), MODEL)
     job = chat_job()
     queue.submit(job, JobTerms(start_within_s=0.001))
-    assert queue.expire(job.job_id)
+    until(lambda: queue.expire(job.job_id), "the job's time to be over")
     assert queue.info(job.job_id).state == "failed"
     assert admin.zcard(READY(MODEL)) == 0
 
