@@ -24,7 +24,9 @@ from benchmarks.broker_memory import bytes_by_kind, used_bytes
 from benchmarks.broker_server import BenchServer, cpu_s, info, settle
 from benchmarks.broker_sizes import Sizes
 from mixfleet_broker.flush import Flush
-from mixfleet_broker.messages import new_job_id
+from mixfleet_broker.messages import (
+    new_job_id,
+)
 from mixfleet_broker.queue import JobQueue
 from mixfleet_broker.records import Lease
 

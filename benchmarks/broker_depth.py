@@ -13,7 +13,9 @@ from benchmarks.broker_jobs import CLAIM, WORKER, bench_queue, chat_job, fill, f
 from benchmarks.broker_server import BenchServer, script_us, settle
 from benchmarks.broker_sizes import Sizes
 from benchmarks.broker_statistics import Result, percentile, timed
-from mixfleet_broker.messages import new_job_id
+from mixfleet_broker.messages import (
+    new_job_id,
+)
 from mixfleet_broker.queue import JobQueue
 from mixfleet_broker.terms import JobTerms
 

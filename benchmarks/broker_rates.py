@@ -28,7 +28,9 @@ from benchmarks.peers.celery_redis.run import Celery, Pool
 from benchmarks.peers.rq_stock import run as rq_stock
 from mixfleet_broker.connection import connect
 from mixfleet_broker.keys import FINISHED
-from mixfleet_broker.messages import new_job_id
+from mixfleet_broker.messages import (
+    new_job_id,
+)
 
 Span = tuple[float, float]
 """When something began and ended, in monotonic seconds."""

@@ -15,7 +15,11 @@ from mixfleet_broker.channel import MAX_EVENTS_PER_READ, read_events
 from mixfleet_broker.connection import connect
 from mixfleet_broker.event_codec import TOKENS, decode_event
 from mixfleet_broker.keys import CHANNEL
-from mixfleet_broker.messages import MAX_COUNT, JobEvent, TokenChunk
+from mixfleet_broker.messages import (
+    MAX_COUNT,
+    JobEvent,
+    TokenChunk,
+)
 from mixfleet_broker.records import Lease
 
 POLL_S: Final = 0.3

@@ -16,7 +16,9 @@ from benchmarks.broker_memory import OF_ONE_JOB, keys_by_kind, used_bytes
 from benchmarks.broker_server import BenchServer
 from benchmarks.broker_sizes import Sizes
 from benchmarks.broker_statistics import timed
-from mixfleet_broker.messages import new_job_id
+from mixfleet_broker.messages import (
+    new_job_id,
+)
 from mixfleet_broker.queue import MAX_CLAIM, JobQueue
 
 _AT_ONCE: Final = 1000

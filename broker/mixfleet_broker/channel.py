@@ -18,7 +18,11 @@ from mixfleet_broker.event_codec import TOKENS, decode_event, encode_chunk
 from mixfleet_broker.keys import (
     CHANNEL,
 )
-from mixfleet_broker.messages import JobEnd, JobEvent, TokenChunk
+from mixfleet_broker.messages import (
+    JobEnd,
+    JobEvent,
+    TokenChunk,
+)
 from mixfleet_broker.names import (
     check_job_id,
 )

@@ -37,7 +37,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from mixfleet_broker.messages import JobEnd
+    from mixfleet_broker.messages import (
+        JobEnd,
+    )
 
 
 class MixfleetError(Exception):

@@ -10,6 +10,7 @@ from typing import Final, get_args
 from mixfleet_broker.errors import MessageError
 from mixfleet_broker.messages import (
     MAX_COUNT,
+    AnswerPart,
     FinishReason,
     JobEnd,
     JobEvent,
@@ -17,16 +18,19 @@ from mixfleet_broker.messages import (
     RequeueReason,
     RunStarted,
     TokenChunk,
+    TokenLogprob,
     Usage,
 )
 from mixfleet_broker.packing import pack, unpack
-from mixfleet_broker.schema import Fields, integer, items
+from mixfleet_broker.schema import Fields, integer, items, number
 
 RUN_STARTED: Final = "a"
 TOKENS: Final = "t"
 REQUEUED: Final = "q"
 END: Final = "e"
 
+MAX_LOGPROB: Final = 1e6
+"""Farthest below zero."""
 MAX_REASON_CHARACTERS: Final = 2000
 """Longest message of an end."""
 
@@ -42,7 +46,14 @@ def encode_chunk(chunk: TokenChunk) -> bytes:
         raise MessageError(
             f"chunk: {len(chunk.token_ids)} new tokens in an answer of {chunk.num_tokens}"
         )
-    return pack({"t": chunk.text, "i": list(chunk.token_ids)})
+    body: dict[str, object] = {"t": chunk.text, "i": list(chunk.token_ids)}
+    if chunk.part == "tool_calls":
+        body["c"] = True
+    if chunk.logprobs:
+        body["l"] = [[item.token, item.logprob, list(item.top)] for item in chunk.logprobs]
+    if chunk.num_prompt_tokens is not None:
+        body["n"] = chunk.num_prompt_tokens
+    return pack(body)
 
 
 def with_bounded_message(end: JobEnd) -> JobEnd:
@@ -71,6 +82,7 @@ def encode_end(end: JobEnd) -> bytes:
         "r": end.finish_reason,
         "c": end.code,
         "m": end.message,
+        "x": end.stop_string,
         "u": None if usage is None else [usage.prompt_tokens, usage.completion_tokens],
     }
     data = pack({name: value for name, value in body.items() if value is not None})
@@ -109,10 +121,38 @@ def _read_chunk(value: object, num_tokens: int) -> TokenChunk:
     fields = Fields(value, "chunk")
     chunk_text = fields.text("t")
     token_ids = tuple(integer(i, "chunk.i", 0, MAX_COUNT) for i in fields.items("i"))
+    part: AnswerPart = "tool_calls" if fields.take("c") is True else "text"
+    logprobs = tuple(_read_logprob(item) for item in fields.items("l"))
+    num_prompt_tokens = fields.integer_or_none("n", 0, MAX_COUNT)
     fields.done()
     if len(token_ids) > num_tokens:
         raise MessageError(f"chunk: {len(token_ids)} new tokens in an answer of {num_tokens}")
-    return TokenChunk(num_tokens=num_tokens, text=chunk_text, token_ids=token_ids)
+    if logprobs and len(logprobs) != len(token_ids):
+        raise MessageError(f"chunk: {len(logprobs)} log-probabilities of {len(token_ids)} tokens")
+    return TokenChunk(
+        num_tokens=num_tokens,
+        text=chunk_text,
+        token_ids=token_ids,
+        part=part,
+        logprobs=logprobs,
+        num_prompt_tokens=num_prompt_tokens,
+    )
+
+
+def _read_logprob(value: object) -> TokenLogprob:
+    parts = items(value, "chunk.l")
+    if len(parts) != 3:
+        raise MessageError(f"chunk.l: {len(parts)} parts, must be 3")
+    token, logprob = _read_pair(parts[:2])
+    top = tuple(_read_pair(pair) for pair in items(parts[2], "chunk.l top"))
+    return TokenLogprob(token=token, logprob=logprob, top=top)
+
+
+def _read_pair(value: object) -> tuple[bytes, float]:
+    parts = items(value, "chunk.l")
+    if len(parts) != 2 or not isinstance(parts[0], bytes):
+        raise MessageError("chunk.l: must be the bytes of a token and a number")
+    return parts[0], number(parts[1], "chunk.l", -MAX_LOGPROB, 0.0)
 
 
 def _read_requeued(value: object, num_tokens: int) -> Requeued:
@@ -130,10 +170,12 @@ def _read_end(value: object) -> JobEnd:
     fields = Fields(value, "end")
     state, reason = fields.text("s"), _read_reason(fields.take("r"))
     code, message = fields.text_or_none("c"), fields.text_or_none("m")
-    usage = _read_usage(fields.take("u"))
+    usage, stop = _read_usage(fields.take("u")), fields.text_or_none("x")
     fields.done()
     if state == "finished" and reason is not None and code is None:
-        return JobEnd(state="finished", finish_reason=reason, message=message, usage=usage)
+        return JobEnd(
+            state="finished", finish_reason=reason, message=message, usage=usage, stop_string=stop
+        )
     if state == "failed" and code is not None and reason is None:
         return JobEnd(state="failed", code=code, message=message, usage=usage)
     if state == "canceled" and code is None and reason is None:

@@ -3,7 +3,10 @@
 from mixfleet_broker.errors import BrokerError, MessageError
 from mixfleet_broker.event_codec import encode_chunk, encode_end, with_bounded_message
 from mixfleet_broker.lua import Argument
-from mixfleet_broker.messages import JobEnd, TokenChunk
+from mixfleet_broker.messages import (
+    JobEnd,
+    TokenChunk,
+)
 from mixfleet_broker.records import Lease
 from mixfleet_broker.terms import QueueRules
 

@@ -12,7 +12,10 @@ from mixfleet_broker.errors import MessageError
 from mixfleet_broker.event_codec import encode_chunk
 from mixfleet_broker.finishing import finish_outcome
 from mixfleet_broker.keys import CONTROL
-from mixfleet_broker.messages import JobEnd, TokenChunk
+from mixfleet_broker.messages import (
+    JobEnd,
+    TokenChunk,
+)
 from mixfleet_broker.queue import JobQueue
 from mixfleet_broker.records import Lease
 from mixfleet_broker.redis_errors import is_out_of_memory, raise_ours, redis_errors

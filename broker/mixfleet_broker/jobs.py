@@ -11,7 +11,9 @@ from redis import Redis
 
 from mixfleet_broker import keys
 from mixfleet_broker.errors import MessageError, UnknownJobError
-from mixfleet_broker.messages import JobState
+from mixfleet_broker.messages import (
+    JobState,
+)
 from mixfleet_broker.names import (
     check_job_id,
 )

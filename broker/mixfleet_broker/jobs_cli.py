@@ -15,7 +15,9 @@ from rich.table import Table
 from mixfleet_broker.connection import connect, find_redis_url
 from mixfleet_broker.errors import MixfleetError, UnknownJobError
 from mixfleet_broker.jobs import MAX_PAGE, JobRow, find_job, list_jobs
-from mixfleet_broker.messages import JobState
+from mixfleet_broker.messages import (
+    JobState,
+)
 from mixfleet_broker.options import setting_options
 from mixfleet_broker.overview import model_statuses
 from mixfleet_broker.queue import CancelOutcome, JobQueue

@@ -21,6 +21,9 @@ from mixfleet_broker.errors import (
 )
 from mixfleet_broker.event_codec import encode_end, encode_run_start, with_bounded_message
 from mixfleet_broker.finishing import finish_args, finish_outcome
+from mixfleet_broker.job_codec import (
+    encode_stock_job,
+)
 from mixfleet_broker.keys import (
     BELL,
     CONTROL,
@@ -29,7 +32,11 @@ from mixfleet_broker.keys import (
     UNLISTED,
 )
 from mixfleet_broker.lua import Argument, ScriptName, Scripts
-from mixfleet_broker.messages import ChatJob, JobEnd, TokenChunk, encode_stock_job
+from mixfleet_broker.messages import (
+    ChatJob,
+    JobEnd,
+    TokenChunk,
+)
 from mixfleet_broker.names import (
     check_job_id,
     check_model_name,

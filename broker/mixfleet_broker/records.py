@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from mixfleet_broker.messages import JobState
+from mixfleet_broker.messages import (
+    JobState,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,10 @@
 from typing import Any, get_args
 
 from mixfleet_broker.errors import MessageError
-from mixfleet_broker.messages import TERMINAL_STATES, JobState
+from mixfleet_broker.messages import (
+    TERMINAL_STATES,
+    JobState,
+)
 from mixfleet_broker.records import JobInfo, Outlook
 
 

@@ -9,8 +9,13 @@ from mixfleet_broker.errors import (
     QueueFullError,
     TenantQueueFullError,
 )
+from mixfleet_broker.job_codec import (
+    encode_job,
+)
 from mixfleet_broker.lua import Argument
-from mixfleet_broker.messages import ChatJob, encode_job
+from mixfleet_broker.messages import (
+    ChatJob,
+)
 from mixfleet_broker.rq_compat import DESCRIPTION, REFUSING_CALL
 from mixfleet_broker.terms import READER_S, JobTerms, QueueRules
 

@@ -20,7 +20,9 @@ from mixfleet.fleet import Client
 from mixfleet.local import local_command
 from mixfleet.stream import ChatResult
 from mixfleet_broker.errors import ConfigError
-from mixfleet_broker.messages import SamplingSettings
+from mixfleet_broker.messages import (
+    SamplingSettings,
+)
 from mixfleet_broker.options import setting_options
 from mixfleet_broker.settings import Settings
 
@@ -115,7 +117,7 @@ def _answer_once(
 ) -> None:
     if not question.strip():
         raise click.UsageError("the question is empty")
-    sampling = asdict(conversation.sampling)
+    sampling = conversation.settings()
     with client.chat(
         conversation.asking(question), priority="interactive", on_disconnect="cancel", **sampling
     ) as stream:

@@ -1,7 +1,6 @@
 """The interactive chat: reads lines, answers slash commands, shows answers as they come."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 from mixfleet.conversation import SETTING_NAMES, Conversation
@@ -117,7 +116,7 @@ class Console:
     def _ask(self, question: str) -> None:
         self._last_question, self._last_was_noted = question, False
         self._last_result = None
-        sampling = asdict(self._conversation.sampling)
+        sampling = self._conversation.settings()
         messages = self._conversation.asking(question)
         # Leaving the block in mid-answer, as Ctrl-C does, cancels the job.
         with self._client.chat(
@@ -147,7 +146,7 @@ class Console:
         name, _, value = text.partition(" ")
         if name:
             self._conversation.set(name, value.strip())
-        for setting, current in asdict(self._conversation.sampling).items():
+        for setting, current in self._conversation.settings().items():
             self._display.note(f"{setting:<12} {current}")
 
     def _regen(self, _: str) -> None:

@@ -2,18 +2,22 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mixfleet_broker.errors import ConfigError
+from mixfleet_broker.errors import ConfigError, MessageError
+from mixfleet_broker.job_codec import (
+    validate,
+)
 from mixfleet_broker.messages import (
     ChatJob,
     ChatMessage,
     SamplingSettings,
     new_job_id,
-    validate,
 )
+from mixfleet_broker.sampling_codec import read_sampling, sampling_map
+from mixfleet_broker.schema import Fields
 
 
 def _integer_or_none(text: str) -> int | None:
@@ -35,6 +39,10 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "max_tokens": _integer_or_none,
     "stop": _stop_strings,
     "seed": _integer_or_none,
+    "min_p": _number_or_none,
+    "repetition_penalty": _number_or_none,
+    "presence_penalty": _number_or_none,
+    "frequency_penalty": _number_or_none,
 }
 SETTING_NAMES = tuple(_READERS)
 
@@ -63,6 +71,10 @@ class Conversation:
         """Forget the last question and its answer, if there is one."""
         del self.turns[-2:]
 
+    def settings(self) -> dict[str, Any]:
+        """Return the settings by name; None, or nothing in it, is the fleet's own."""
+        return {name: getattr(self.sampling, name) for name in SETTING_NAMES}
+
     def set(self, name: str, value: str) -> None:
         """Change one setting from its text; ``none`` unsets, stop strings are split at ``|``.
 
@@ -89,8 +101,8 @@ class Conversation:
         """
         content = {
             "system": self.system,
-            "sampling": asdict(self.sampling),
-            "messages": [asdict(turn) for turn in self.turns],
+            "sampling": sampling_map(self.sampling),
+            "messages": [{"role": turn.role, "content": turn.content} for turn in self.turns],
         }
         try:
             path.touch(mode=0o600)
@@ -108,12 +120,11 @@ class Conversation:
         try:
             content = json.loads(path.read_text("utf-8"))
             turns = [_turn(entry) for entry in content["messages"]]
-            sampling = dict(content["sampling"])
-            sampling["stop"] = tuple(sampling["stop"])
-            return cls(system=content["system"], sampling=SamplingSettings(**sampling), turns=turns)
+            sampling = read_sampling(Fields(content["sampling"], "sampling"))
+            return cls(system=content["system"], sampling=sampling, turns=turns)
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, MessageError) as error:
             raise ConfigError(f"{path} is not a saved conversation: {error}") from error
 
 

@@ -11,7 +11,10 @@ import click
 from rich.console import Console
 
 from mixfleet.stream import ChatResult, ChatStream
-from mixfleet_broker.messages import JobEnd, TokenChunk
+from mixfleet_broker.messages import (
+    JobEnd,
+    TokenChunk,
+)
 from mixfleet_broker.records import JobInfo
 from mixfleet_broker.shown import format_age
 

@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from mixfleet.transport import Transport
 from mixfleet_broker.channel import FIRST
 from mixfleet_broker.errors import BrokerUnavailableError, StreamTimeoutError, UnknownJobError
-from mixfleet_broker.messages import TERMINAL_STATES, JobEnd, JobEvent, TokenChunk
+from mixfleet_broker.messages import (
+    TERMINAL_STATES,
+    JobEnd,
+    JobEvent,
+    TokenChunk,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,12 @@ from mixfleet.events import Patience
 from mixfleet.stream import ChatStream
 from mixfleet.transport import RedisTransport, Transport
 from mixfleet_broker.errors import InvalidMessagesError, MessageError, UnknownModelError
-from mixfleet_broker.messages import ChatJob, ChatMessage, SamplingSettings, new_job_id
+from mixfleet_broker.messages import (
+    ChatJob,
+    ChatMessage,
+    SamplingSettings,
+    new_job_id,
+)
 from mixfleet_broker.records import JobInfo
 from mixfleet_broker.settings import Settings, resolve
 from mixfleet_broker.terms import JobTerms, Priority
@@ -68,6 +73,13 @@ class Client:
         max_tokens: int | None = None,
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        logprobs: int | None = None,
+        ignore_eos: bool = False,
         priority: Priority = "default",
         start_within_s: float | None = None,
         finish_within_s: float | None = None,
@@ -88,6 +100,13 @@ class Client:
             max_tokens: Longest answer; None lets it run to the end of the context.
             stop: The answer ends before the first of these texts.
             seed: The same seed and question give the same answer.
+            min_p: Choose among tokens of at least this share of the likeliest one's probability.
+            repetition_penalty: Above 1 makes tokens that were there less likely.
+            presence_penalty: Above 0 makes tokens of the answer so far less likely.
+            frequency_penalty: The same, once for each time that a token is there.
+            logit_bias: What to add to the logit of a token, by its id.
+            logprobs: Report each token's log-probability and that of so many others.
+            ignore_eos: Go on where the model would end its answer, for benchmarks.
             priority: ``interactive`` goes before ``default``, that before ``batch``.
             start_within_s: Refuse the job, or end it, if no worker takes it by then.
             finish_within_s: End the job if its answer is not complete by then.
@@ -112,6 +131,13 @@ class Client:
             max_tokens=max_tokens,
             stop=stop,
             seed=seed,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            logprobs=logprobs,
+            ignore_eos=ignore_eos,
         )
         job = ChatJob(
             job_id=job_id or new_job_id(),
@@ -133,6 +159,13 @@ class Client:
         max_tokens: int | None = None,
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        logprobs: int | None = None,
+        ignore_eos: bool = False,
         priority: Priority = "default",
         start_within_s: float | None = None,
         finish_within_s: float | None = None,
@@ -149,6 +182,13 @@ class Client:
             max_tokens=max_tokens,
             stop=stop,
             seed=seed,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            logprobs=logprobs,
+            ignore_eos=ignore_eos,
         )
         job = ChatJob(
             job_id=job_id or new_job_id(),
@@ -302,6 +342,8 @@ def _sampling(**given: Any) -> SamplingSettings:
     if "stop" in chosen:
         stop = chosen["stop"]
         chosen["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "logit_bias" in chosen:
+        chosen["logit_bias"] = tuple(sorted(chosen["logit_bias"].items()))
     return SamplingSettings(**chosen)
 
 

@@ -10,7 +10,10 @@ from mixfleet_broker.errors import UnknownJobError
 from mixfleet_broker.keys import (
     JOB,
 )
-from mixfleet_broker.messages import ChatJob, JobEvent
+from mixfleet_broker.messages import (
+    ChatJob,
+    JobEvent,
+)
 from mixfleet_broker.names import (
     check_job_id,
 )

@@ -14,7 +14,10 @@ from mixfleet import Client
 from mixfleet.errors import DeadlineExceededError, JobCancelledError
 from mixfleet_broker.channel import read_events
 from mixfleet_broker.keys import READER
-from mixfleet_broker.messages import JobEnd, TokenChunk
+from mixfleet_broker.messages import (
+    JobEnd,
+    TokenChunk,
+)
 from mixfleet_broker.queue import JobQueue
 from support.worker_process import WorkerProcess, until
 

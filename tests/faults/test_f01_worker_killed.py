@@ -8,7 +8,9 @@ from redis import Redis
 
 from mixfleet import Client
 from mixfleet_broker.channel import read_events
-from mixfleet_broker.messages import Requeued
+from mixfleet_broker.messages import (
+    Requeued,
+)
 from mixfleet_broker.orders import give_order, withdraw_order
 from mixfleet_broker.queue import JobQueue
 from support.fault_fleet import (

@@ -6,7 +6,9 @@ import pytest
 from redis import Redis
 
 from mixfleet.errors import UnknownJobError
-from mixfleet_broker.messages import new_job_id
+from mixfleet_broker.messages import (
+    new_job_id,
+)
 from mixfleet_broker.queue import JobQueue
 from support.fault_fleet import (
     MODEL,

@@ -13,7 +13,10 @@ from mixfleet import Client, RunStarted
 from mixfleet.errors import JobConflictError
 from mixfleet_broker.channel import read_events
 from mixfleet_broker.keys import QUEUE
-from mixfleet_broker.messages import JobEnd, new_job_id
+from mixfleet_broker.messages import (
+    JobEnd,
+    new_job_id,
+)
 from mixfleet_broker.queue import JobQueue
 from support.fault_fleet import FAST_STEP, MODEL, Asked, check_invariants
 from support.invariants import Expected

@@ -13,7 +13,9 @@ from rq.serializers import JSONSerializer
 from mixfleet import Client
 from mixfleet_broker.channel import ended
 from mixfleet_broker.keys import JOB, QUEUE
-from mixfleet_broker.messages import new_job_id
+from mixfleet_broker.messages import (
+    new_job_id,
+)
 from mixfleet_broker.queue import JobQueue
 from support.fault_fleet import FAST_STEP, MODEL, SLOW_STEP, Asked, FaultWorker, check_invariants
 from support.invariants import Expected

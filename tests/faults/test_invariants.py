@@ -9,7 +9,10 @@ from redis import Redis
 from mixfleet_broker import keys
 from mixfleet_broker.event_codec import encode_chunk, encode_end
 from mixfleet_broker.keys import CHANNEL, JOB, KEYS, LEASES, LOADS, READY
-from mixfleet_broker.messages import JobEnd, new_job_id
+from mixfleet_broker.messages import (
+    JobEnd,
+    new_job_id,
+)
 from mixfleet_broker.queue import JobQueue
 from support.invariants import EMPTY_AT_REST, FOR_EVER, Expected, kind_of, violations
 from support.queue_jobs import DONE, MODEL, chat_job, chunk

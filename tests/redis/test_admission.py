@@ -15,7 +15,11 @@ from mixfleet_broker.errors import (
     TenantQueueFullError,
 )
 from mixfleet_broker.keys import CAPACITY, DEADLINES, JOB, RATES
-from mixfleet_broker.messages import JobEnd, Usage, new_job_id
+from mixfleet_broker.messages import (
+    JobEnd,
+    Usage,
+    new_job_id,
+)
 from mixfleet_broker.queue import JobQueue
 from mixfleet_broker.registry import Registration, WorkerRecord
 from mixfleet_broker.terms import JobTerms, QueueRules

@@ -17,7 +17,9 @@ from mixfleet_broker.channel import (
 from mixfleet_broker.errors import BrokerUnavailableError, MessageError
 from mixfleet_broker.flush import WriteOutcome, append_outcome
 from mixfleet_broker.keys import CHANNEL
-from mixfleet_broker.messages import TokenChunk
+from mixfleet_broker.messages import (
+    TokenChunk,
+)
 from mixfleet_broker.queue import JobQueue
 from support.queue_jobs import DONE, MODEL, chat_job, chunk, claim_one, submit_and_claim
 

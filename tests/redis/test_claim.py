@@ -7,6 +7,9 @@ from redis import Redis
 
 from mixfleet_broker.channel import append_chunk, delivered_tokens, ended, read_events
 from mixfleet_broker.errors import MessageError
+from mixfleet_broker.job_codec import (
+    decode_job,
+)
 from mixfleet_broker.keys import (
     CANCELED,
     CHANNEL,
@@ -20,7 +23,11 @@ from mixfleet_broker.keys import (
     WIP,
     WORKER_EXECUTIONS,
 )
-from mixfleet_broker.messages import JobEnd, RunStarted, decode_job, new_job_id
+from mixfleet_broker.messages import (
+    JobEnd,
+    RunStarted,
+    new_job_id,
+)
 from mixfleet_broker.queue import JobQueue, Lease, Reaped
 from mixfleet_broker.terms import QueueRules
 from support.queue_jobs import (

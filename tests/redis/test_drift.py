@@ -6,8 +6,13 @@ from redis import Redis
 from mixfleet_broker.channel import ended
 from mixfleet_broker.errors import MessageError
 from mixfleet_broker.flush import Flush, WriteOutcome
+from mixfleet_broker.job_codec import (
+    decode_job,
+)
 from mixfleet_broker.keys import CHANNEL, JOB, LEASES, LIST_BASE, QUEUE, READY
-from mixfleet_broker.messages import JobEnd, decode_job
+from mixfleet_broker.messages import (
+    JobEnd,
+)
 from mixfleet_broker.queue import JobQueue
 from support.queue_jobs import (
     DONE,

@@ -19,7 +19,11 @@ from mixfleet_broker.keys import (
     WIP,
     WORKER_EXECUTIONS,
 )
-from mixfleet_broker.messages import JobEnd, TokenChunk, Usage
+from mixfleet_broker.messages import (
+    JobEnd,
+    TokenChunk,
+    Usage,
+)
 from mixfleet_broker.queue import CancelOutcome, JobQueue
 from mixfleet_broker.terms import QueueRules
 from support.queue_jobs import (

@@ -6,7 +6,10 @@ import pytest
 from redis import Redis
 
 from mixfleet_broker.keys import AGEING, LOADS, READY, TAGS, WAITING
-from mixfleet_broker.messages import Usage, new_job_id
+from mixfleet_broker.messages import (
+    Usage,
+    new_job_id,
+)
 from mixfleet_broker.queue import JobQueue
 from mixfleet_broker.shares import set_share
 from mixfleet_broker.terms import JobTerms, Priority, QueueRules

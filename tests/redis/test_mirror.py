@@ -6,7 +6,9 @@ from typing import Any
 from redis import Redis
 
 from mixfleet_broker.keys import JOB, LIST_BASE, QUEUE
-from mixfleet_broker.messages import new_job_id
+from mixfleet_broker.messages import (
+    new_job_id,
+)
 from mixfleet_broker.queue import JobQueue
 from mixfleet_broker.terms import JobTerms, QueueRules
 from support.queue_jobs import DONE, MODEL, chat_job, texts

@@ -10,7 +10,10 @@ from mixfleet_broker.channel import ended
 from mixfleet_broker.errors import UnknownWorkerError
 from mixfleet_broker.flush import Flush
 from mixfleet_broker.keys import CONTROL, ORDER, READER
-from mixfleet_broker.messages import JobEnd, new_job_id
+from mixfleet_broker.messages import (
+    JobEnd,
+    new_job_id,
+)
 from mixfleet_broker.orders import cancelled_run, give_order, order_of, withdraw_order
 from mixfleet_broker.queue import JobQueue
 from mixfleet_broker.registry import Registration, WorkerRecord

@@ -12,7 +12,12 @@ from rq.serializers import JSONSerializer
 
 from mixfleet_broker import keys
 from mixfleet_broker.cli import queue
-from mixfleet_broker.messages import ChatJob, ChatMessage, JobEnd, new_job_id
+from mixfleet_broker.messages import (
+    ChatJob,
+    ChatMessage,
+    JobEnd,
+    new_job_id,
+)
 from mixfleet_broker.overview import ModelStatus, model_statuses
 from mixfleet_broker.queue import JobQueue
 from mixfleet_broker.registry import Registration, WorkerRecord

@@ -36,7 +36,11 @@ from mixfleet_broker.keys import (
     WEIGHTS,
     WIP,
 )
-from mixfleet_broker.messages import JobEnd, TokenChunk, Usage
+from mixfleet_broker.messages import (
+    JobEnd,
+    TokenChunk,
+    Usage,
+)
 from mixfleet_broker.queue import CancelOutcome, ClaimedJob, JobQueue, Lease
 from mixfleet_broker.terms import PRIORITIES, JobTerms, QueueRules
 from support.plain_queue import COST, PlainQueue

@@ -11,8 +11,14 @@ from redis import Redis
 
 from mixfleet_broker.channel import append_chunk, ended, read_events
 from mixfleet_broker.errors import MessageError
+from mixfleet_broker.job_codec import (
+    decode_job,
+)
 from mixfleet_broker.keys import JOB, LEASES, QUEUE, READY, SUSPENDED
-from mixfleet_broker.messages import ChatMessage, JobEnd, decode_job
+from mixfleet_broker.messages import (
+    ChatMessage,
+    JobEnd,
+)
 from mixfleet_broker.queue import JobQueue, Reaped
 from mixfleet_broker.terms import QueueRules
 from support.queue_jobs import (

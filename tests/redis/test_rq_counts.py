@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import pytest
 from redis import Redis
 
-from mixfleet_broker.messages import JobEnd
+from mixfleet_broker.messages import (
+    JobEnd,
+)
 from mixfleet_broker.queue import JobQueue
 from mixfleet_broker.registry import Registration, WorkerRecord
 from support.queue_jobs import DONE, MODEL, chat_job

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from mixfleet_broker.messages import JobEnd
+from mixfleet_broker.messages import (
+    JobEnd,
+)
 from mixfleet_broker.queue import JobQueue
 from support.queue_jobs import DONE, MODEL, chat_job, submit_and_claim
 

@@ -8,7 +8,10 @@ from mixfleet.transport import RedisTransport
 from mixfleet_broker.channel import append_chunk, read_events
 from mixfleet_broker.errors import UnknownJobError
 from mixfleet_broker.keys import JOB, QUEUE, READY, RQ_WORKER, SUSPENDED
-from mixfleet_broker.messages import JobEnd, RunStarted
+from mixfleet_broker.messages import (
+    JobEnd,
+    RunStarted,
+)
 from mixfleet_broker.queue import JobQueue, Lease
 from mixfleet_broker.registry import Registration, WorkerRecord
 from mixfleet_broker.settings import Settings

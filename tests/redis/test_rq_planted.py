@@ -10,7 +10,9 @@ import pytest
 from redis import Redis
 
 from mixfleet_broker.keys import JOB, RQ_WORKER, WIP
-from mixfleet_broker.messages import JobEnd
+from mixfleet_broker.messages import (
+    JobEnd,
+)
 from mixfleet_broker.plain_pickle import MAX_BYTES
 from mixfleet_broker.queue import JobQueue
 from mixfleet_broker.registry import Registration, WorkerRecord

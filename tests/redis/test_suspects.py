@@ -7,7 +7,10 @@ from mixfleet_broker.channel import read_events
 from mixfleet_broker.flush import Flush, WriteOutcome
 from mixfleet_broker.jobs import find_job
 from mixfleet_broker.keys import LEASES, QUARANTINE, SUSPECTS
-from mixfleet_broker.messages import Requeued, new_job_id
+from mixfleet_broker.messages import (
+    Requeued,
+    new_job_id,
+)
 from mixfleet_broker.queue import ClaimedJob, JobQueue
 from support.queue_jobs import (
     DONE,

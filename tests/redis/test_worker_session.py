@@ -9,8 +9,14 @@ from redis import Redis
 from mixfleet_broker.channel import delivered_tokens
 from mixfleet_broker.errors import BrokerUnavailableError
 from mixfleet_broker.flush import WriteOutcome
-from mixfleet_broker.messages import JobEnd, TokenChunk, new_job_id
-from mixfleet_broker.messages import decode_job as decode
+from mixfleet_broker.job_codec import (
+    decode_job as decode,
+)
+from mixfleet_broker.messages import (
+    JobEnd,
+    TokenChunk,
+    new_job_id,
+)
 from mixfleet_broker.queue import ClaimedJob, JobQueue, Lease
 from mixfleet_broker.registry import Registration, WorkerRecord, workers
 from mixfleet_broker.terms import QueueRules

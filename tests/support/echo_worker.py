@@ -9,7 +9,15 @@ from redis.exceptions import ResponseError
 
 from mixfleet_broker.channel import append_chunk, delivered_tokens
 from mixfleet_broker.connection import connect
-from mixfleet_broker.messages import JobEnd, TokenChunk, Usage, decode_job, new_job_id
+from mixfleet_broker.job_codec import (
+    decode_job,
+)
+from mixfleet_broker.messages import (
+    JobEnd,
+    TokenChunk,
+    Usage,
+    new_job_id,
+)
 from mixfleet_broker.queue import JobQueue
 from mixfleet_broker.records import ClaimedJob
 from mixfleet_broker.registry import Registration, WorkerRecord

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field, replace
 
 from mixfleet_broker.errors import BrokerUnavailableError
 from mixfleet_broker.flush import FlushResult, WriteOutcome
-from mixfleet_broker.messages import JobEnd, TokenChunk
+from mixfleet_broker.messages import (
+    JobEnd,
+    TokenChunk,
+)
 from mixfleet_broker.orders import Order
 from mixfleet_broker.queue import ClaimedJob, Lease
 from mixfleet_worker.handoff import ChunkWrite, EndWrite, Write

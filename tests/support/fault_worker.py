@@ -24,7 +24,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from mixfleet_broker import lua
-from mixfleet_broker.messages import decode_job
+from mixfleet_broker.job_codec import (
+    decode_job,
+)
 from mixfleet_broker.queue import JobQueue
 from mixfleet_engine.engine import Engine, Runner
 from mixfleet_engine.step import SampledToken, StepPlan

@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 from functools import cache
 
-from mixfleet_broker.messages import ChatJob, ChatMessage, SamplingSettings, encode_job
+from mixfleet_broker.job_codec import (
+    encode_job,
+)
+from mixfleet_broker.messages import (
+    ChatJob,
+    ChatMessage,
+    SamplingSettings,
+)
 from mixfleet_broker.terms import QueueRules
 from mixfleet_engine.config import EngineConfig
 from mixfleet_engine.simulated import SimulatedEngine

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+from mixfleet_broker.job_codec import (
+    encode_job,
+)
 from mixfleet_broker.messages import (
     ChatJob,
     ChatMessage,
     Role,
     SamplingSettings,
-    encode_job,
 )
 from mixfleet_broker.queue import ClaimedJob, Lease
 from mixfleet_worker.handoff import TakenJob

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
-from mixfleet_broker.messages import JobEnd, TokenChunk
+from mixfleet_broker.messages import (
+    JobEnd,
+    TokenChunk,
+)
 from mixfleet_broker.queue import ClaimedJob, Lease
 
 Item = TypeVar("Item")

@@ -3,7 +3,9 @@
 import re
 from dataclasses import dataclass, replace
 
-from mixfleet_broker.messages import TokenChunk
+from mixfleet_broker.messages import (
+    TokenChunk,
+)
 from mixfleet_broker.queue import Lease
 from mixfleet_worker.handoff import ChunkWrite, EndWrite, Write
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from mixfleet_broker.errors import MessageError
+from mixfleet_broker.job_codec import (
+    decode_job,
+)
 from mixfleet_broker.messages import (
     ChatJob,
     FinishReason,
     SamplingSettings,
     TokenChunk,
-    decode_job,
 )
 from mixfleet_broker.queue import Lease
 from mixfleet_engine.chat_format import ChatFormat, Message, encode_prompt

@@ -15,7 +15,9 @@ from collections.abc import Callable
 from uuid import uuid4
 
 from mixfleet_broker.errors import BrokerError, BrokerUnavailableError, MessageError
-from mixfleet_broker.messages import JobEnd
+from mixfleet_broker.messages import (
+    JobEnd,
+)
 from mixfleet_broker.orders import READ_YOUR_ORDER, Order, cancelled_run
 from mixfleet_broker.queue import ClaimedJob
 from mixfleet_worker.handoff import (

@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mixfleet_broker.errors import DeadlineExceededError, EngineFailedError
-from mixfleet_broker.messages import JobEnd, TokenChunk, Usage
+from mixfleet_broker.messages import (
+    JobEnd,
+    TokenChunk,
+    Usage,
+)
 from mixfleet_broker.queue import Lease
 from mixfleet_engine.detokenizer import AnswerText
 from mixfleet_engine.request import StepOutput

@@ -20,7 +20,9 @@ from mixfleet_broker.errors import (
     WorkerLostError,
     error_from_end,
 )
-from mixfleet_broker.messages import JobEnd
+from mixfleet_broker.messages import (
+    JobEnd,
+)
 
 
 def classes() -> dict[str, type[MixfleetError]]:

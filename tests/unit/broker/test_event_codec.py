@@ -10,7 +10,12 @@ from mixfleet_broker.event_codec import (
     encode_end,
     encode_run_start,
 )
-from mixfleet_broker.messages import JobEnd, RunStarted, TokenChunk, Usage
+from mixfleet_broker.messages import (
+    JobEnd,
+    RunStarted,
+    TokenChunk,
+    Usage,
+)
 
 ENDS = [
     JobEnd(state="finished", finish_reason="stop"),
@@ -80,7 +85,10 @@ def test_a_chunk_cannot_hold_more_tokens_than_the_answer() -> None:
         ("a", {}),
         ("a", {"w": 7}),
         ("a", {"w": "gpu", "more": 1}),
-        ("t", {"t": "x"} | {"n": 1}),
+        ("t", {"t": "x", "more": 1}),
+        ("t", {"t": "x", "i": [1], "l": [[b"x", 0.5, []]]}),
+        ("t", {"t": "x", "i": [1], "l": [["x", -0.5, []]]}),
+        ("t", {"t": "x", "i": [1, 2], "l": [[b"x", -0.5, []]]}),
         ("t", {"i": [1]}),
         ("t", {"t": "x", "i": ["1"]}),
         ("t", {"t": "x", "i": [-1]}),

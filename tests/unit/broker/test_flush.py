@@ -12,7 +12,9 @@ from mixfleet_broker.errors import (
 )
 from mixfleet_broker.finishing import finish_args, finish_outcome
 from mixfleet_broker.flush import WriteOutcome, append_outcome
-from mixfleet_broker.messages import JobEnd
+from mixfleet_broker.messages import (
+    JobEnd,
+)
 from mixfleet_broker.queue import Lease
 from mixfleet_broker.redis_errors import redis_errors
 from mixfleet_broker.terms import QueueRules

@@ -9,15 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixfleet_broker.errors import MessageError
+from mixfleet_broker.job_codec import (
+    decode_job,
+    encode_job,
+    validate,
+)
 from mixfleet_broker.messages import (
-    MAX_MESSAGE_BYTES,
     ChatJob,
     ChatMessage,
     SamplingSettings,
-    decode_job,
-    encode_job,
     new_job_id,
-    validate,
+)
+from mixfleet_broker.packing import (
+    MAX_MESSAGE_BYTES,
 )
 from support.queue_jobs import chat_job
 
@@ -95,9 +99,9 @@ def test_missing_settings_are_the_defaults() -> None:
         ({"model": "../etc"}, "model='../etc'"),
         ({"model": 7}, "job.model: must be text, is int"),
         ({"surprise": 1}, "unknown field 'surprise'"),
-        ({"messages": ...}, "exactly one of messages and prompt"),
-        ({"messages": []}, "exactly one of messages and prompt"),
-        ({"prompt": "x"}, "exactly one of messages and prompt"),
+        ({"messages": ...}, "exactly one of messages, prompt"),
+        ({"messages": []}, "exactly one of messages, prompt"),
+        ({"prompt": "x"}, "exactly one of messages, prompt"),
         ({"messages": "Hi"}, "job.messages: must be a list, is str"),
         ({"messages": ["Hi"]}, "messages[0]: must be a map, is str"),
         ({"messages": [{"role": "user"}]}, "messages[0].content: must be text, is missing"),

@@ -8,13 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixfleet_broker.errors import MessageError
+from mixfleet_broker.job_codec import (
+    decode_job,
+    encode_stock_job,
+)
 from mixfleet_broker.messages import (
-    MAX_MESSAGE_BYTES,
     ChatJob,
     ChatMessage,
     SamplingSettings,
-    decode_job,
-    encode_stock_job,
+)
+from mixfleet_broker.packing import (
+    MAX_MESSAGE_BYTES,
 )
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -67,7 +71,7 @@ def test_the_model_may_be_named_and_is_the_callers_to_compare() -> None:
         (call("Hi"), "chat: must be a map, is str"),
         (call(CHAT | {"n": 2}), "unknown field 'n'"),
         (call(CHAT | {"temperature": 9}), "temperature=9"),
-        (call({}), "exactly one of messages and prompt"),
+        (call({}), "exactly one of messages, prompt"),
         (b'["mixfleet.chat", null, [{}]]', "3 parts"),
         (b'["mixfleet.chat", "instance", [{}], {}]', "calls"),
         (b'{"a": 1}', "must be a list"),

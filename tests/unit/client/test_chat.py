@@ -12,7 +12,11 @@ from mixfleet import Client
 from mixfleet.chat import chat, line_reader
 from mixfleet.cli import ErrorLineGroup
 from mixfleet_broker.errors import ConfigError
-from mixfleet_broker.messages import ChatJob, JobEnd, JobEvent
+from mixfleet_broker.messages import (
+    ChatJob,
+    JobEnd,
+    JobEvent,
+)
 from mixfleet_broker.settings import Settings
 from support.fake_transport import answer, fleet
 

@@ -8,7 +8,11 @@ from mixfleet import Client
 from mixfleet.console import HELP, Console
 from mixfleet.conversation import Conversation
 from mixfleet.display import Display
-from mixfleet_broker.messages import ChatJob, JobEnd, JobEvent
+from mixfleet_broker.messages import (
+    ChatJob,
+    JobEnd,
+    JobEvent,
+)
 from mixfleet_broker.settings import Settings
 from support.fake_transport import FakeTransport, answer, fleet
 

@@ -8,7 +8,9 @@ import pytest
 from mixfleet import ChatResult, Client, Usage
 from mixfleet.display import Display, NoteHandler, stats_line, waiting_line
 from mixfleet.errors import EngineFailedError
-from mixfleet_broker.messages import JobEnd
+from mixfleet_broker.messages import (
+    JobEnd,
+)
 from mixfleet_broker.records import JobInfo
 from mixfleet_broker.settings import Settings
 from support.fake_transport import FakeClock, FakeTransport, answer, fleet

@@ -9,7 +9,13 @@ from mixfleet_broker.errors import (
     StreamTimeoutError,
     UnknownJobError,
 )
-from mixfleet_broker.messages import ChatJob, JobEnd, JobEvent, RunStarted, TokenChunk
+from mixfleet_broker.messages import (
+    ChatJob,
+    JobEnd,
+    JobEvent,
+    RunStarted,
+    TokenChunk,
+)
 from mixfleet_broker.records import JobInfo
 from mixfleet_broker.terms import JobTerms
 from support.fake_transport import FakeClock, FakeTransport, answer, chunk, fleet

@@ -8,7 +8,10 @@ from mixfleet.errors import (
     UnknownJobError,
     UnknownModelError,
 )
-from mixfleet_broker.messages import ChatJob, SamplingSettings
+from mixfleet_broker.messages import (
+    ChatJob,
+    SamplingSettings,
+)
 from mixfleet_broker.settings import Settings
 from mixfleet_broker.terms import JobTerms
 from support.fake_transport import FakeClock, FakeTransport, answer, fleet

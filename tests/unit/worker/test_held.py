@@ -2,7 +2,11 @@ import time
 
 import pytest
 
-from mixfleet_broker.messages import JobEnd, TokenChunk, new_job_id
+from mixfleet_broker.messages import (
+    JobEnd,
+    TokenChunk,
+    new_job_id,
+)
 from mixfleet_worker.handoff import ChunkWrite, EndWrite, JobTimes
 from mixfleet_worker.held import LONGEST_WAIT_S, HeldJob, waited_s
 from support.fake_session import chunk_write

@@ -5,7 +5,11 @@ from queue import Empty
 import pytest
 
 from mixfleet_broker.errors import BrokerError, MessageError
-from mixfleet_broker.messages import JobEnd, TokenChunk, Usage
+from mixfleet_broker.messages import (
+    JobEnd,
+    TokenChunk,
+    Usage,
+)
 from mixfleet_broker.orders import READ_YOUR_ORDER
 from mixfleet_broker.queue import Lease
 from mixfleet_worker.handoff import (

@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
-from mixfleet_broker.messages import Usage
+from mixfleet_broker.messages import (
+    Usage,
+)
 from mixfleet_broker.queue import Lease
 from mixfleet_engine.chat_format import chat_format
 from mixfleet_engine.door import GenerationEngine

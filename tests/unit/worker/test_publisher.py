@@ -1,6 +1,10 @@
 import pytest
 
-from mixfleet_broker.messages import JobEnd, TokenChunk, Usage
+from mixfleet_broker.messages import (
+    JobEnd,
+    TokenChunk,
+    Usage,
+)
 from mixfleet_engine.detokenizer import AnswerText
 from mixfleet_engine.request import FinishReason, GenerateRequest, StepOutput
 from mixfleet_worker.handoff import ChunkWrite, EndWrite, JobTimes, Write
