@@ -1,7 +1,7 @@
 """One leased job as the I/O thread sees it: its lease, and what is still to be written."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from mixfleet_broker.messages import (
     TokenChunk,
@@ -21,7 +21,7 @@ class HeldJob:
 
     Writes go out one at a time, so that a refused one can never leave a gap before a later one
     that was accepted. What comes meanwhile is merged: a slow Redis gets fewer and larger chunks
-    instead of a growing pile.
+    instead of a growing pile. Text and tool calls stay apart.
     """
 
     lease: Lease
@@ -34,17 +34,18 @@ class HeldJob:
     sent: Write | None = None
     """Sent at least once, not known to have arrived. It is sent again unchanged: a larger copy
     of a chunk that did arrive would say its text twice."""
-    unsent: Write | None = None
-    """All later writes in one."""
+    unsent: list[Write] = field(default_factory=list)
+    """All later writes: one, or one of each part of the answer."""
 
     def add(self, write: Write) -> None:
         """Take one more write, later than all before it."""
-        self.unsent = _merged(self.unsent, write)
+        before = self.unsent.pop() if self.unsent else None
+        self.unsent += _merged(before, write)
 
     def next_write(self) -> Write | None:
         """Return what is to be sent now; it stays until :meth:`settle`."""
-        if self.sent is None:
-            self.sent, self.unsent = self.unsent, None
+        if self.sent is None and self.unsent:
+            self.sent = self.unsent.pop(0)
         return self.sent
 
     def settle(self) -> None:
@@ -54,12 +55,12 @@ class HeldJob:
     @property
     def has_writes(self) -> bool:
         """Whether anything is still to be written."""
-        return self.sent is not None or self.unsent is not None
+        return self.sent is not None or bool(self.unsent)
 
     @property
     def has_end(self) -> bool:
         """Whether the answer is complete and only its end is still to be written."""
-        return isinstance(self.sent, EndWrite) or isinstance(self.unsent, EndWrite)
+        return any(isinstance(write, EndWrite) for write in (self.sent, *self.unsent))
 
 
 def waited_s(job_id: str, now: float) -> float | None:
@@ -78,10 +79,12 @@ def waited_s(job_id: str, now: float) -> float | None:
     return seconds if 0 <= seconds < LONGEST_WAIT_S else None
 
 
-def _merged(earlier: Write | None, later: Write) -> Write:
+def _merged(earlier: Write | None, later: Write) -> list[Write]:
     if not isinstance(earlier, ChunkWrite):
-        return later  # nothing follows an end, so there was nothing before
-    return replace(later, chunk=_joined(earlier.chunk, later.chunk))
+        return [later]  # nothing follows an end, so there was nothing before
+    if later.chunk is not None and later.chunk.part != earlier.chunk.part:
+        return [earlier, later]
+    return [replace(later, chunk=_joined(earlier.chunk, later.chunk))]
 
 
 def _joined(first: TokenChunk, second: TokenChunk | None) -> TokenChunk:
@@ -91,4 +94,5 @@ def _joined(first: TokenChunk, second: TokenChunk | None) -> TokenChunk:
         num_tokens=second.num_tokens,
         text=first.text + second.text,
         token_ids=first.token_ids + second.token_ids,
+        part=first.part,
     )

@@ -5,7 +5,8 @@ thread, and the ids of requests that the engine should forget.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Literal
 
 from mixfleet_broker.errors import DeadlineExceededError, EngineFailedError
@@ -15,7 +16,7 @@ from mixfleet_broker.messages import (
     Usage,
 )
 from mixfleet_broker.queue import Lease
-from mixfleet_engine.detokenizer import AnswerText
+from mixfleet_engine.detokenizer import AnswerText, TextPiece
 from mixfleet_engine.request import StepOutput
 from mixfleet_worker.handoff import ChunkWrite, EndWrite, JobTimes, TakenJob, Write
 from mixfleet_worker.intake import AdmittedJob, CompleteJob
@@ -95,9 +96,9 @@ class Publisher:
         writes: list[Write] = []
         stopped: list[str] = []
         for output in outputs:
-            write, by_stop_string = self._advance(output, now)
-            writes.append(write)
-            if isinstance(write, EndWrite):
+            new, by_stop_string = self._advance(output, now)
+            writes += new
+            if isinstance(new[-1], EndWrite):
                 del self._answers[output.request_id]
             if by_stop_string and output.finish_reason is None:
                 stopped.append(output.request_id)
@@ -116,37 +117,60 @@ class Publisher:
         self._answers.clear()
         return ends
 
-    def _advance(self, output: StepOutput, now: float) -> tuple[Write, bool]:
-        """Return the write of one output, and whether a stop string ended the answer."""
+    def _advance(self, output: StepOutput, now: float) -> tuple[list[Write], bool]:
+        """Return the writes of one output, and whether a stop string ended the answer."""
         answer = self._answers[output.request_id]
         if output.token_ids and answer.first_token_at is None:
             answer.first_token_at = now
-        pieces: list[str] = []
-        by_stop_string = False
-        num_used = 0
+        pieces: list[TextPiece] = []
         for token_id in output.token_ids:
-            piece = answer.text.push(token_id)
-            pieces.append(piece.text)
-            num_used += 1
-            if piece.stopped:
-                by_stop_string = True
+            pieces.append(answer.text.push(token_id))
+            if pieces[-1].stopped:
                 break
-        answer.num_tokens += num_used
+        by_stop_string = bool(pieces) and pieces[-1].stopped
+        num_before = answer.num_tokens
+        answer.num_tokens += len(pieces)
         if output.finish_reason == "error" or output.finish_reason == "deadline":
-            return _failed(answer, output.finish_reason, now), False
+            return [_failed(answer, output.finish_reason, now)], False
         reason = "stop" if by_stop_string else output.finish_reason
-        if reason is not None:
-            pieces.append(answer.text.finish())
-        chunk = TokenChunk(
-            num_tokens=answer.num_tokens,
-            text="".join(pieces),
-            token_ids=output.token_ids[:num_used],
-        )
+        rest = "" if reason is None else answer.text.finish()
+        *earlier, last = _chunks(num_before, output.token_ids, pieces, rest)
+        writes: list[Write] = [ChunkWrite(lease=answer.lease, chunk=chunk) for chunk in earlier]
         if reason is None:
-            return ChunkWrite(lease=answer.lease, chunk=chunk), False
+            return [*writes, ChunkWrite(lease=answer.lease, chunk=last)], False
         end = JobEnd(state="finished", finish_reason=reason, usage=answer.usage())
-        write = EndWrite(lease=answer.lease, end=end, chunk=chunk, times=answer.times(now))
-        return write, by_stop_string
+        write = EndWrite(lease=answer.lease, end=end, chunk=last, times=answer.times(now))
+        return [*writes, write], by_stop_string
+
+
+def _chunks(
+    num_before: int, token_ids: Sequence[int], pieces: Sequence[TextPiece], rest: str
+) -> list[TokenChunk]:
+    """Return the chunks of one output, one of each part that it holds tokens of.
+
+    Args:
+        num_before: Tokens of the answer before these.
+        token_ids: At least one for each piece.
+        pieces: What each token added; none may be there at the end of an answer.
+        rest: What the end adds to the last of them. The part of the tool calls can have begun with
+            the last token; then it is "".
+    """
+    chunks: list[TokenChunk] = []
+    num_used = 0
+    for part, group in groupby(pieces, key=lambda piece: piece.part):
+        texts = [piece.text for piece in group]
+        end = num_used + len(texts)
+        chunks.append(
+            TokenChunk(
+                num_tokens=num_before + end,
+                text="".join(texts),
+                token_ids=tuple(token_ids[num_used:end]),
+                part=part,
+            )
+        )
+        num_used = end
+    last = chunks.pop() if chunks else TokenChunk(num_tokens=num_before, text="", token_ids=())
+    return [*chunks, replace(last, text=last.text + rest)]
 
 
 def _failed(answer: _Answer, reason: Literal["error", "deadline"], now: float) -> EndWrite:

@@ -168,7 +168,7 @@ def conversations(draw: st.DrawFn) -> list[Message]:
     pending: list[str] = []
     for _ in range(draw(st.integers(1, 7))):
         role = draw(st.sampled_from(["system", "user", "user", "assistant", "calls", "calls"]))
-        if pending and draw(st.integers(0, 9)):
+        if pending and draw(st.sampled_from([True] * 9 + [False])):
             role = "tool"
         if role == "calls":
             number = draw(st.integers(1, 3))
