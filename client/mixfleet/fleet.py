@@ -8,12 +8,18 @@ from typing import Any, Literal, Self, get_args
 
 from mixfleet.attendance import Attendance
 from mixfleet.events import Patience
+from mixfleet.openai_shapes import (
+    Messages,
+    conversation,
+    output_format_of,
+    tool_choice_of,
+    tools_of,
+)
 from mixfleet.stream import ChatStream
 from mixfleet.transport import RedisTransport, Transport
-from mixfleet_broker.errors import InvalidMessagesError, MessageError, UnknownModelError
+from mixfleet_broker.errors import MessageError, UnknownModelError
 from mixfleet_broker.messages import (
     ChatJob,
-    ChatMessage,
     SamplingSettings,
     new_job_id,
 )
@@ -22,8 +28,6 @@ from mixfleet_broker.settings import Settings, resolve
 from mixfleet_broker.terms import JobTerms, Priority
 
 OnDisconnect = Literal["continue", "cancel"]
-Messages = str | Sequence[Mapping[str, str] | ChatMessage]
-"""A question, or a whole conversation whose last turn is the user's."""
 
 
 class Client:
@@ -67,6 +71,9 @@ class Client:
         *,
         model: str | None = None,
         system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        tool_choice: str | Mapping[str, Any] | None = None,
+        response_format: Mapping[str, Any] | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -91,9 +98,14 @@ class Client:
         """Send a conversation and return its answer's stream at once.
 
         Args:
-            messages: A question, or turns ``{"role": ..., "content": ...}``.
+            messages: A question, or turns ``{"role": ..., "content": ...}``, also with OpenAI's
+                ``tool_calls``, which may be a stream's own, and ``tool_call_id``.
             model: Name of the model.
             system: Instruction put before the conversation.
+            tools: What the model may call, in OpenAI's form; the calls are the stream's
+                ``tool_calls``. Models of the first Mixtral's kind know no tools.
+            tool_choice: ``auto``, ``none``, ``required``, or a tool in OpenAI's form.
+            response_format: ``{"type": "json_object"}``, or ``json_schema`` in OpenAI's form.
             temperature: 0 is greedy; None is the fleet's default, as for the next ones.
             top_k: Choose among the k most likely tokens; 0 is all.
             top_p: Choose among the most likely tokens that reach this probability.
@@ -142,7 +154,10 @@ class Client:
         job = ChatJob(
             job_id=job_id or new_job_id(),
             model=self.choose_model(model),
-            messages=_conversation(messages, system),
+            messages=conversation(messages, system),
+            tools=tools_of(tools),
+            tool_choice=tool_choice_of(tool_choice),
+            output_format=output_format_of(response_format),
             sampling=sampling,
         )
         terms = self._terms(priority, start_within_s, finish_within_s, on_disconnect)
@@ -345,27 +360,3 @@ def _sampling(**given: Any) -> SamplingSettings:
     if "logit_bias" in chosen:
         chosen["logit_bias"] = tuple(sorted(chosen["logit_bias"].items()))
     return SamplingSettings(**chosen)
-
-
-def _conversation(messages: Messages, system: str | None) -> tuple[ChatMessage, ...]:
-    if isinstance(messages, str):
-        messages = (ChatMessage(role="user", content=messages),)
-    turns = tuple(_message(message) for message in messages)
-    if system is None:
-        return turns
-    if turns and turns[0].role == "system":
-        raise InvalidMessagesError("two system texts: system=... and the first message")
-    return (ChatMessage(role="system", content=system), *turns)
-
-
-def _message(message: Mapping[str, str] | ChatMessage) -> ChatMessage:
-    if isinstance(message, ChatMessage):
-        return message
-    if not isinstance(message, Mapping):
-        raise InvalidMessagesError(f"a message is a mapping, not {type(message).__name__}")
-    try:
-        return ChatMessage(**message)  # type: ignore[arg-type]  # the schema checks the role
-    except TypeError as error:
-        raise InvalidMessagesError(
-            f"a message has the fields role and content, not {sorted(message)}"
-        ) from error

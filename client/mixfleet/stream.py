@@ -18,9 +18,11 @@ from mixfleet_broker.messages import (
     Requeued,
     RunStarted,
     TokenChunk,
+    ToolCall,
     Usage,
 )
 from mixfleet_broker.records import JobInfo
+from mixfleet_broker.tool_call_text import ToolCallParser
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,10 @@ class ChatResult:
     """Submit to first token; None when this stream did not see both."""
     total_s: float | None
     """Submit to end; None when this stream did not see both."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """The calls that the model makes after its text."""
+    tool_calls_problem: str | None = None
+    """Why there may be more calls than those; None where all were read."""
 
 
 class ChatStream:
@@ -86,6 +92,7 @@ class ChatStream:
         self._cancels_on_exit = is_owner
         self._times_count = is_owner
         self._pieces: list[str] = []
+        self._tool_calls: ToolCallParser | None = None
         self._worker_ids: list[str] = []
         # Unknown in mid-answer until the first event tells.
         self._num_tokens: int | None = 0 if after is None else None
@@ -97,8 +104,21 @@ class ChatStream:
 
     @property
     def text(self) -> str:
-        """The answer so far, as far as this stream was read."""
+        """The answer so far, as far as this stream was read; tool calls are no part of it."""
         return "".join(self._pieces)
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The tools that the model calls, as far as their calls are whole."""
+        return () if self._tool_calls is None else self._tool_calls.parsed().calls
+
+    @property
+    def tool_calls_problem(self) -> str | None:
+        """Why there may be more calls than :attr:`tool_calls`; None where all were read.
+
+        Such as that the answer ended at its longest length, or that the model wrote no list.
+        """
+        return None if self._tool_calls is None else self._tool_calls.parsed().problem
 
     @property
     def last_event_id(self) -> str | None:
@@ -143,7 +163,7 @@ class ChatStream:
             JobError: The job did not end with an answer; ``.text`` holds what had come.
         """
         for event in self.events():
-            if isinstance(event, TokenChunk) and event.text:
+            if isinstance(event, TokenChunk) and event.part == "text" and event.text:
                 yield event.text
         self._raise_if_failed()
 
@@ -168,6 +188,8 @@ class ChatStream:
             worker_ids=tuple(self._worker_ids),
             ttft_s=self._since_submit(self._first_token_at),
             total_s=self._since_submit(self._ended_at),
+            tool_calls=self.tool_calls,
+            tool_calls_problem=self.tool_calls_problem,
         )
 
     def cancel(self, reason: str | None = None) -> None:
@@ -233,12 +255,20 @@ class ChatStream:
             self._num_tokens = event.num_tokens
             if self._first_token_at is None:
                 self._first_token_at = self._clock()
-            self._pieces.append(event.text)
+            self._take_text(event)
         else:
             self._end = event
             self._ended_at = self._clock()
             if self._attendance is not None:
                 self._attendance.leave(self.job_id)
+
+    def _take_text(self, chunk: TokenChunk) -> None:
+        if chunk.part == "text":
+            self._pieces.append(chunk.text)
+            return
+        if self._tool_calls is None:
+            self._tool_calls = ToolCallParser(self.job_id)
+        self._tool_calls.push(chunk.text)
 
     def _expect(self, num_tokens: int, what: str) -> None:
         """Check that nothing was lost or said twice: ``what`` begins where the text ends."""
