@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mixfleet_broker.errors import DeadlineExceededError, EngineFailedError
+from mixfleet_broker.errors import (
+    DeadlineExceededError,
+    EngineFailedError,
+    InvalidRequestError,
+)
 from mixfleet_broker.messages import (
     JobEnd,
     TokenChunk,
@@ -132,9 +136,9 @@ class Publisher:
                 by_stop_string = True
                 break
         answer.num_tokens += num_used
-        if output.finish_reason == "error" or output.finish_reason == "deadline":
-            return _failed(answer, output.finish_reason, now), False
         reason = "stop" if by_stop_string else output.finish_reason
+        if reason == "error" or reason == "deadline" or reason == "grammar":
+            return _failed(answer, reason, now), False
         if reason is not None:
             pieces.append(answer.text.finish())
         chunk = TokenChunk(
@@ -145,15 +149,20 @@ class Publisher:
         if reason is None:
             return ChunkWrite(lease=answer.lease, chunk=chunk), False
         end = JobEnd(state="finished", finish_reason=reason, usage=answer.usage())
-        write = EndWrite(lease=answer.lease, end=end, chunk=chunk, times=answer.times(now))
+        # Nothing is new where the last run had delivered all and died before it said so.
+        last = chunk if chunk.token_ids or chunk.text else None
+        write = EndWrite(lease=answer.lease, end=end, chunk=last, times=answer.times(now))
         return write, by_stop_string
 
 
-def _failed(answer: _Answer, reason: Literal["error", "deadline"], now: float) -> EndWrite:
+def _failed(
+    answer: _Answer, reason: Literal["error", "deadline", "grammar"], now: float
+) -> EndWrite:
     """Return the end of an answer that cannot go on."""
     kind, why = {
         "error": (EngineFailedError, "the model's numbers are not finite"),
         "deadline": (DeadlineExceededError, "the job's time was over"),
+        "grammar": (InvalidRequestError, "the output format led where nothing can follow"),
     }[reason]
     end = JobEnd(
         state="failed",

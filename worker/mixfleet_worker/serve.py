@@ -163,7 +163,7 @@ def load_model(
         found = chat_format(name, tokenizer)
     logger.info("chat format %s", name)
     with _stage("weights"):
-        loaded = load_engine(config.model_path, engine, _progress_log(), ranks)
+        loaded = load_engine(config.model_path, engine, _progress_log(), ranks, tokenizer)
     return ServedModel(
         engine=loaded,
         tokenizer=tokenizer,
@@ -180,6 +180,7 @@ def _simulated_model(config: WorkerConfig, engine: EngineConfig) -> ServedModel:
     logger.warning("simulated engine: answers are random words, no model is loaded")
     simulated = SimulatedEngine(
         token_ids=words.word_ids,
+        tokenizer=words,
         vocab_size=words.vocab_size,
         context_length=engine.context_length or 4096,
         max_batch_size=engine.max_batch_size or min(SIMULATED_BATCH_SIZE, engine.max_step_tokens),

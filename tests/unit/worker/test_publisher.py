@@ -190,6 +190,7 @@ def test_a_completion_says_what_the_earlier_runs_delivered() -> None:
     [
         ("error", "engine_failed", "the model's numbers are not finite"),
         ("deadline", "deadline_exceeded", "the job's time was over"),
+        ("grammar", "invalid_request", "the output format led where nothing can follow"),
     ],
 )
 def test_an_answer_that_cannot_go_on_fails_with_what_was_said_so_far(
@@ -204,3 +205,11 @@ def test_an_answer_that_cannot_go_on_fails_with_what_was_said_so_far(
     assert write.end.usage == Usage(prompt_tokens=3, completion_tokens=2)
     assert write.end.message == f"{why} after 2 tokens"
     assert publisher.num_open == 0
+
+
+def test_an_answer_that_was_whole_already_ends_without_a_chunk() -> None:
+    publisher = Publisher()
+    publisher.open(a_job())
+    write = publish_one(publisher, tokens((), "stop"))
+    assert isinstance(write, EndWrite)
+    assert (write.chunk, write.end.state, write.end.finish_reason) == (None, "finished", "stop")
