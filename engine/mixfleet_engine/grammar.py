@@ -39,8 +39,6 @@ _MAX_LEXER_STATES: Final = 20_000
 _NOTHING_FITS: Final = "NoExtensionBias"
 """llguidance's word for a place where no byte can follow."""
 _HEAD: Final = '%llguidance {"no_forcing": true}\n'
-_NO_TEXT: Final = b"\xff"
-"""In no UTF-8; with llguidance it marks control tokens."""
 
 
 class GrammarState:
@@ -72,7 +70,7 @@ class GrammarState:
     @property
     def may_end(self) -> bool:
         """Whether the answer is whole, whatever may follow."""
-        return not self._matcher.is_error() and self._matcher.is_accepting()
+        return self._matcher.is_accepting()
 
     @property
     def problem(self) -> str:
@@ -94,8 +92,6 @@ class GrammarState:
         # A token of which the grammar has not heard would make this the mask of another place.
         assert position == self.num_tokens, (position, self.num_tokens)
         mask = bytearray(self._matcher.compute_bitmask())
-        if self.problem:  # it would allow the end then
-            mask = bytearray(len(mask))
         for byte, bit in self._ends:
             mask[byte] &= ~bit
         for byte, bit in self._stops if self.may_end else ():
@@ -211,8 +207,7 @@ def _bits(token_ids: Iterable[int]) -> list[tuple[int, int]]:
 def _bytes_of(tokenizer: Tokenizer, token_id: int) -> bytes:
     if token_id in tokenizer.control_ids:
         return tokenizer.id_to_piece(token_id).encode()
-    text = tokenizer.token_bytes(token_id)
-    return b"" if text.startswith(_NO_TEXT) else text
+    return tokenizer.token_bytes(token_id)
 
 
 def _first_line(message: str) -> str:

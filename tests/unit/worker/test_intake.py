@@ -1,6 +1,7 @@
 import pytest
 
 from mixfleet_broker.errors import MessageError
+from mixfleet_broker.messages import OutputFormat
 from mixfleet_engine.chat_format import chat_format
 from mixfleet_engine.errors import InvalidMessagesError, PromptTooLongError
 from mixfleet_engine.generation import SamplingDefaults
@@ -175,3 +176,11 @@ def test_tokens_that_only_the_models_padding_has_can_be_continued() -> None:
 def test_what_a_job_leaves_open_is_the_models_own_default() -> None:
     sampling = admitted(a_payload(temperature=None, seed=11)).request.sampling
     assert sampling == SamplingParams(temperature=0.5, top_k=7, top_p=0.9, seed=11)
+
+
+def test_an_output_format_becomes_the_grammar_of_the_request() -> None:
+    payload = a_payload(output_format=OutputFormat(kind="json_object"), max_tokens=5)
+    grammar = admitted(payload, delivered=tuple(b"{")).request.grammar
+    assert grammar is not None
+    assert "%json" in grammar
+    assert admitted(a_payload(max_tokens=5)).request.grammar is None
