@@ -89,7 +89,7 @@ _ADMITTING: Final = (
     Grant("get", (keys.API_SECRET,)),
     Grant("evalsha hget hmget hset expire", (keys.API_USE,)),
     Grant("zadd zcard zrange zrem expire", (keys.API_JOBS,)),
-    Grant("exists get set del", (keys.API_CHARGE,)),
+    Grant("get set del", (keys.API_CHARGE,)),
 )
 """What it takes to know API keys and to charge them, and not to make or change one."""
 

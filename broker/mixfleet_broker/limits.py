@@ -108,7 +108,7 @@ class KeyLimits:
         """
         return self._settle(record, used, with_request=False)
 
-    def refund(self, admission: Admission, record: KeyRecord) -> int:
+    def refund(self, record: KeyRecord, admission: Admission) -> int:
         """Give back all of a request whose jobs were not submitted; see :meth:`settle`."""
         return self._settle(record, dict.fromkeys(admission.job_ids, 0), with_request=True)
 

@@ -302,7 +302,7 @@ def test_a_gateway_knows_and_charges_keys_and_makes_none(
     admission = limits.admit(record, ["a"], 10)
     with pytest.raises(RateLimitedError, match="unfinished jobs"):
         limits.admit(record, ["b"], 10)
-    assert limits.refund(admission, record) == 1
+    assert limits.refund(record, admission) == 1
     limits.admit(record, ["c"], 10)
     assert limits.settle(record, {"c": 5}) == 1
     for call in (

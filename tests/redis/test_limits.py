@@ -161,10 +161,22 @@ def test_a_request_that_was_not_submitted_costs_nothing(redis: Redis) -> None:
     limits.admit(record, ["other"], 0)
     admission = limits.admit(record, ["a", "b", "c"], 300)
     assert [s.remaining for s in admission.states] == [8, 100, 100, 1]
-    assert limits.refund(admission, record) == 3
-    assert limits.refund(admission, record) == 0
+    assert limits.refund(record, admission) == 3
+    assert limits.refund(record, admission) == 0
     limits.settle(record, {"other": 0})
     assert [s.remaining for s in limits.states(record)] == [9, *untouched[1:]]
+
+
+@pytest.mark.usefixtures("lua_clock")
+def test_a_request_is_a_repetition_only_where_all_its_jobs_are_charged(redis: Redis) -> None:
+    limits, record = KeyLimits(redis), key_record(requests_per_min=10, tokens_per_min=100)
+    first = limits.admit(record, ["a", "b"], 10)
+    assert limits.admit(record, ["a", "b"], 10) == first
+    stranger = KeyRecord(
+        key_id="k_other", name="x", tenant="t", created_at=0.0, limits=record.limits
+    )
+    assert [s.remaining for s in limits.admit(stranger, ["a"], 10).states] == [9, 90]
+    assert [s.remaining for s in limits.admit(record, ["b", "c"], 10).states] == [8, 60]
 
 
 def test_a_job_is_not_settled_for_another_key(redis: Redis) -> None:
@@ -244,7 +256,7 @@ def test_a_key_without_limits_is_always_admitted(redis: Redis) -> None:
     limits, record = KeyLimits(redis), key_record()
     admission = limits.admit(record, ["a", "b"], 10**9)
     assert admission.states == limits.states(record) == ()
-    assert limits.refund(admission, record) == 2
+    assert limits.refund(record, admission) == 2
 
 
 def test_a_limit_that_is_set_later_counts_from_then_on(redis: Redis, lua_clock: LuaClock) -> None:

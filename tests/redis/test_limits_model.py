@@ -108,7 +108,7 @@ class Run:
             admission = self.rng.choice(self.admissions)
             used = dict.fromkeys(admission.job_ids, 0)
             expected = self.plain.settle(self.clock.now_ms, used, with_request=True)
-            assert self.limits.refund(admission, self.record) == expected
+            assert self.limits.refund(self.record, admission) == expected
 
     def end_job(self) -> None:
         for job_id in self.some_job_ids():

@@ -21,8 +21,15 @@ local JOBS_TTL_S = 31 * 86400 -- longer than any job may take
 local UNFINISHED = {queued = true, started = true}
 
 local to_midnight_ms = (day + 1) * DAY_MS - now_ms
-local is_repeated = num_jobs > 0 and redis.call('EXISTS', key.api_charge(ARGV[7])) == 1
-local is_new = num_jobs > 0 and not is_repeated
+-- Whether all jobs are charged to this key already: the reply to the first call was lost.
+local function is_repeated()
+  for i = 7, #ARGV do
+    local charge = redis.call('GET', key.api_charge(ARGV[i])) or ''
+    if string.match(charge, '^%S+') ~= key_id then return false end
+  end
+  return true
+end
+local is_new = num_jobs > 0 and not is_repeated()
 
 local limits = {} -- each that is set, in the order in which they are told
 local function add_bucket(name, number, added)
