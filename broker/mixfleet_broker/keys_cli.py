@@ -175,18 +175,20 @@ def _shown(name: str, value: Any) -> str:
 
 def _table(records: Sequence[KeyRecord]) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("key", no_wrap=True)
-    for heading in ("name", "tenant", "state", "scopes", "priority", "models"):
+    for heading in ("key", "state", "priority"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("rpm", "tpm", "tpd", "jobs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("scopes", "name", "models", "tenant"):
         table.add_column(heading, overflow="fold")
-    for heading in ("rpm", "tpm", "tpd", "parallel"):
-        table.add_column(heading, justify="right")
     for record in records:
         limits = record.limits
         numbers = (limits.requests_per_min, limits.tokens_per_min, limits.tokens_per_day)
         table.add_row(
-            *(record.key_id, record.name, record.tenant, _state(record)),
-            *(" ".join(sorted(record.scopes)), record.priority),
-            " ".join(sorted(record.models)) or "all",
+            *(record.key_id, _state(record), record.priority),
             *("-" if n is None else str(n) for n in (*numbers, limits.max_parallel_jobs)),
+            *(" ".join(sorted(record.scopes)), record.name),
+            " ".join(sorted(record.models)) or "all",
+            "own" if record.tenant == record.key_id else record.tenant,
         )
     return table

@@ -80,14 +80,19 @@ def test_a_key_without_options_has_no_limits_and_may_chat(run: Run) -> None:
 
 def test_ls_shows_every_key_with_its_state(run: Run) -> None:
     assert run("ls").output == "no API keys: the gateway asks for none\n"
-    first, second = made(run, "--rpm", "5"), made(run, "--model", "tiny")
+    first, second = made(run, "--rpm", "5"), made(run, "--model", "tiny", "--tenant", "team-a")
     run("revoke", second["key_id"])
     heading, *rows = (line.split() for line in run("ls").output.splitlines())
-    assert heading[:4] == ["key", "name", "tenant", "state"]
-    assert rows[0][:4] == [first["key_id"], "app1", first["key_id"], "valid"]
-    assert rows[0][-4:] == ["5", "-", "-", "-"]
-    assert rows[1][3] == "revoked"
-    assert "tiny" in rows[1]
+    assert heading == [
+        *("key", "state", "priority", "rpm", "tpm", "tpd", "jobs"),
+        *("scopes", "name", "models", "tenant"),
+    ]
+    numbers = ["5", "-", "-", "-"]
+    assert rows[0] == [
+        *(first["key_id"], "valid", "default", *numbers, "chat", "app1", "all", "own")
+    ]
+    assert rows[1][1] == "revoked"
+    assert rows[1][-2:] == ["tiny", "team-a"]
     listed = json.loads(run("ls", "--json").output)
     assert [key["key_id"] for key in listed] == [first["key_id"], second["key_id"]]
     assert listed[0] == {name: value for name, value in first.items() if name != "secret"}
