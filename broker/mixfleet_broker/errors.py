@@ -16,7 +16,10 @@
     │   ├── JobConflictError        the job id is taken by a different job
     │   ├── UnknownJobError         no such job, or its time to live is over
     │   ├── UnknownWorkerError      no such worker lives
-    │   └── UnknownModelError       no model given and none, or several, to choose from
+    │   ├── UnknownModelError       no model given and none, or several, to choose from
+    │   ├── UnknownKeyError         no such API key, or it is revoked
+    │   └── RateLimitedError        the API key has used what it may for now (retryable)
+    │       └── RequestOverLimitError  the request alone is more than the key may use
     └── JobError                    the job ended without a full answer
         ├── JobRejectedError        the job itself cannot run
         │   ├── InvalidRequestError
@@ -34,9 +37,10 @@ whether the same call can succeed later without being changed.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 if TYPE_CHECKING:
+    from mixfleet_broker.limits import LimitState
     from mixfleet_broker.messages import (
         JobEnd,
     )
@@ -215,6 +219,79 @@ class UnknownModelError(BrokerError):
     def __init__(self, message: str, *, models: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.models = tuple(models)
+
+
+class UnknownKeyError(BrokerError):
+    """There is no such API key, or it is revoked."""
+
+    code = "unknown_key"
+
+    def __init__(self, *, key_id: str, is_revoked: bool = False) -> None:
+        found = "is revoked: make a new one" if is_revoked else "is unknown"
+        super().__init__(f"API key {key_id} {found}; `mixfleet key ls` lists them")
+        self.key_id = key_id
+        self.is_revoked = is_revoked
+
+
+class RateLimitedError(BrokerError):
+    """The API key has used what it may for now. Nothing was charged."""
+
+    code = "rate_limited"
+    retryable = True
+
+    def __init__(
+        self,
+        *,
+        key_id: str,
+        name: str,
+        limit: int,
+        load: int,
+        retry_after_s: float | None,
+        states: Sequence["LimitState"] = (),
+    ) -> None:
+        again = "" if retry_after_s is None else f"; try again in {retry_after_s:.3g} s"
+        super().__init__(f"API key {key_id}: {load} {_LIMITED[name]}, the limit is {limit}{again}")
+        self.key_id = key_id
+        self.name = name
+        """Of the limit: requests, tokens, tokens_day or jobs."""
+        self.limit = limit
+        self.load = load
+        self.retry_after_s = retry_after_s
+        """Who asks then is admitted if nobody else has come; for jobs: when it is worth asking."""
+        self.states = tuple(states)
+        """Of all limits of the key."""
+
+
+class RequestOverLimitError(RateLimitedError):
+    """The request alone is more than its API key may use at once. Nothing was charged."""
+
+    code = "request_over_limit"
+    retryable = False
+
+    def __init__(
+        self,
+        *,
+        key_id: str,
+        name: str,
+        limit: int,
+        asked: int,
+        states: Sequence["LimitState"] = (),
+    ) -> None:
+        super().__init__(
+            key_id=key_id, name=name, limit=limit, load=asked, retry_after_s=None, states=states
+        )
+        self.args = (
+            f"API key {key_id}: the request alone is {asked} {_LIMITED[name]}, "
+            f"the limit is {limit}",
+        )
+
+
+_LIMITED: Final = {
+    "requests": "requests in a minute",
+    "tokens": "tokens in a minute",
+    "tokens_day": "tokens in a day",
+    "jobs": "unfinished jobs",
+}
 
 
 class JobError(MixfleetError):

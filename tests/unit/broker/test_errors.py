@@ -105,6 +105,7 @@ def test_what_may_be_tried_again_says_so() -> None:
         "BrokerFullError",
         "NotDurableError",
         "QueueFullError",
+        "RateLimitedError",
         "StreamTimeoutError",
         "TenantQueueFullError",
     }
