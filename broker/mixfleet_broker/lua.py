@@ -13,6 +13,7 @@ from mixfleet_broker.keys import QUEUE, lua_key_table
 
 ScriptName = Literal[
     "submit",
+    "ask",
     "claim",
     "renew",
     "append",
@@ -28,8 +29,8 @@ Argument = str | bytes | int | float
 
 SCRIPT_NAMES: Final[tuple[ScriptName, ...]] = get_args(ScriptName)
 # Whatever lets a full Redis drain may go over the limit: a claim too, or a Redis full of waiting
-# jobs would stay full. Only submit is refused.
-_REFUSED_WHEN_FULL: Final = frozenset({"submit", "requeue"})
+# jobs would stay full. Only what adds something is refused.
+_REFUSED_WHEN_FULL: Final = frozenset({"submit", "requeue", "ask"})
 _USES: Final = "-- uses:"
 
 

@@ -1,6 +1,7 @@
 """The rules of least privilege: enough for each kind of process, and no more."""
 
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from mixfleet_broker.channel import FIRST, delivered_tokens, read_events
 from mixfleet_broker.connection import connect
 from mixfleet_broker.errors import BrokerError
 from mixfleet_broker.flush import Flush
-from mixfleet_broker.keys import CHANNEL, JOB, LEASES, QUEUE, READY, RQ_WORKER, WORKER
+from mixfleet_broker.inquiries import InquiryBox, ask
+from mixfleet_broker.inquiry_codec import InquiryAnswer, TokenizeText, encode_answer
+from mixfleet_broker.keys import CHANNEL, INQUIRIES, JOB, LEASES, QUEUE, READY, RQ_WORKER, WORKER
 from mixfleet_broker.orders import give_order, withdraw_order
 from mixfleet_broker.overview import model_statuses
 from mixfleet_broker.queue import CancelOutcome, JobQueue
@@ -186,6 +189,9 @@ def test_a_client_can_neither_claim_nor_list_nor_destroy(
         lambda: user.hset(WORKER("w1"), "state", "idle"),
         lambda: user.hset(RQ_WORKER("w1"), "state", "idle"),
         lambda: give_order(user, "w1", "drain"),
+        lambda: InquiryBox(user, MODEL).wait(0.1),
+        lambda: user.lrange(INQUIRIES(MODEL), 0, -1),
+        lambda: user.delete(INQUIRIES(MODEL)),
         lambda: user.publish("x", "y"),
     ):
         assert refused(call)
@@ -266,6 +272,29 @@ def test_a_gateway_gives_orders_and_takes_them_back(
     assert registration.beat(state="idle", in_flight=0) == "pause"
     withdraw_order(user, "w1")
     assert registration.beat(state="paused", in_flight=0) is None
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+@pytest.mark.parametrize("asker", ["client", "gateway"])
+def test_clients_and_gateways_ask_and_workers_answer(
+    admin: Redis, connected: Callable[[str], Redis], prefix: str, asker: str
+) -> None:
+    team = "team" if prefix else "mixfleet"
+    a_registration(admin, prefix).beat(state="busy", in_flight=1)
+    box = InquiryBox(connected(f"{team}-worker"), MODEL, prefix=prefix)
+    answer = InquiryAnswer(num_tokens=1, context_length=64, max_answer_tokens=63)
+
+    def work() -> None:
+        inquiry = box.wait(10.0)
+        if inquiry is not None:
+            box.give(inquiry.inquiry_id, encode_answer(answer))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    user = connected(f"{team}-{asker}")
+    assert ask(user, MODEL, TokenizeText(text="x"), prefix=prefix) == answer
+    thread.join()
+    assert refused(lambda: InquiryBox(user, MODEL, prefix=prefix).wait(0.1))
 
 
 def test_every_role_has_a_user() -> None:
