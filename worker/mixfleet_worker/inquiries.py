@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 WAIT_S: Final = 0.5
 """Longest wait for a question: how late the thread sees that it is over."""
+PAUSE_S: Final = 0.002
+"""After each answer: what this thread may take of the interpreter from the steps is bounded."""
 
 
 class Box(Protocol):
@@ -78,6 +80,7 @@ class InquiryDesk:
             inquiry = self._box.wait(WAIT_S)
             if inquiry is not None:
                 self._box.give(inquiry.inquiry_id, self._answer(inquiry.body))
+                self._stop.wait(PAUSE_S)
             self._outage.end_turn()
         except MessageError as error:  # what was there is gone, and named nobody to tell
             logger.warning("inquiry dropped worker_id=%s: %s", self._worker_id, error)
