@@ -101,6 +101,12 @@ _KEEPING_KEYS: Final = (
     Grant("zcard del", (keys.API_JOBS,)),
 )
 
+_ASKING: Final = (
+    Grant("rpush llen pexpire", (keys.INQUIRIES,)),
+    Grant("blpop", (keys.INQUIRY_ANSWER,)),
+)
+"""Who asks may not see what others ask, and finds answers by ids that nobody can guess."""
+
 _ANY_STATE: Final = (
     "evalsha del exists expire pexpire persist type "
     "get set incr decr hget hmget hset hsetnx hdel hlen hexists hincrby hgetall hrandfield "
@@ -115,14 +121,14 @@ ROLES: Final[tuple[Role, ...]] = (
         name="client",
         meaning="submits, reads and cancels jobs whose ids it knows",
         keyless=_CONNECTION,
-        grants=(*_SUBMITTING, *_ENDING, *_READING),
+        grants=(*_SUBMITTING, *_ENDING, *_READING, *_ASKING),
     ),
     Role(
         name="gateway",
         meaning="does so for many, looks after the queue, gives workers orders, charges API keys; "
         "claims nothing",
         keyless=f"{_CONNECTION} info multi exec",
-        grants=(Grant(_ANY_STATE, _OF_QUEUES), *_ADMITTING),
+        grants=(Grant(_ANY_STATE, _OF_QUEUES), *_ADMITTING, *_ASKING),
     ),
     Role(
         name="worker",

@@ -14,6 +14,9 @@
     │   │   └── TenantQueueFullError   the tenant's share of it is (retryable)
     │   ├── DeadlineUnreachableError   the job would start too late; nothing was written
     │   ├── JobConflictError        the job id is taken by a different job
+    │   ├── NoWorkerError           nobody lives who could answer the inquiry (retryable)
+    │   ├── InquiriesFullError      too many inquiries wait (retryable)
+    │   ├── InquiryTimeoutError     no answer in the time allowed (retryable)
     │   ├── UnknownJobError         no such job, or its time to live is over
     │   ├── UnknownWorkerError      no such worker lives
     │   ├── UnknownModelError       no model given and none, or several, to choose from
@@ -189,6 +192,42 @@ class JobConflictError(BrokerError):
     def __init__(self, *, job_id: str) -> None:
         super().__init__(f"job id {job_id} is taken by a different job")
         self.job_id = job_id
+
+
+class NoWorkerError(BrokerError):
+    """No worker of the model lives, so nobody can answer. Nothing was written."""
+
+    code = "no_worker"
+    retryable = True
+
+    def __init__(self, *, model: str) -> None:
+        super().__init__(f"no worker of {model} lives: `mixfleet worker ls` lists those that do")
+        self.model = model
+
+
+class InquiriesFullError(BrokerError):
+    """Too many inquiries wait for the model's workers. Nothing was written."""
+
+    code = "inquiries_full"
+    retryable = True
+
+    def __init__(self, *, model: str, waiting: int, limit: int) -> None:
+        super().__init__(f"{waiting} inquiries wait for a worker of {model}, the limit is {limit}")
+        self.model = model
+        self.waiting = waiting
+        self.limit = limit
+
+
+class InquiryTimeoutError(BrokerError):
+    """No worker answered in the time allowed. Asking again changes nothing."""
+
+    code = "inquiry_timeout"
+    retryable = True
+
+    def __init__(self, *, model: str, limit_s: float) -> None:
+        super().__init__(f"no worker of {model} answered within {limit_s:g} s: ask again")
+        self.model = model
+        self.limit_s = limit_s
 
 
 class UnknownJobError(BrokerError):

@@ -347,6 +347,23 @@ CONTROL: Final = Key(
     lifetime="60 s after the last word",
     meaning="words for a worker: c:<job>:<token> a run is not its own any more, o: read your order",
 )
+INQUIRIES: Final = Key(
+    name="inquiries",
+    template="mixfleet:inquiries:{model}",
+    type="list",
+    writers="ask; popped by workers",
+    lifetime="30 s after the last question; at most 64 elements",
+    meaning="small questions to any worker of the model: deadline (13 digits, ms), id (32 hex "
+    "digits), body (msgpack)",
+)
+INQUIRY_ANSWER: Final = Key(
+    name="inquiry_answer",
+    template="mixfleet:answer:{inquiry_id}",
+    type="list",
+    writers="the worker that answers; popped by who asked",
+    lifetime="30 s",
+    meaning="the answer to one question (msgpack)",
+)
 WORKER: Final = Key(
     name="worker",
     template="mixfleet:worker:{worker_id}",
@@ -462,6 +479,8 @@ KEYS: Final[tuple[Key, ...]] = (
     READER,
     ORDER,
     CONTROL,
+    INQUIRIES,
+    INQUIRY_ANSWER,
     WORKER,
     WORKERS,
     MODELS,

@@ -13,6 +13,7 @@ from mixfleet_broker.keys import API_KEY, API_USE, QUEUE, Key, lua_key_table
 
 ScriptName = Literal[
     "submit",
+    "ask",
     "claim",
     "renew",
     "append",
@@ -35,7 +36,7 @@ Argument = str | bytes | int | float
 SCRIPT_NAMES: Final[tuple[ScriptName, ...]] = get_args(ScriptName)
 # Whatever lets a full Redis drain may go over the limit: a claim too, or a Redis full of waiting
 # jobs would stay full. Only what adds to it is refused.
-_REFUSED_WHEN_FULL: Final = frozenset({"submit", "requeue", "admit", "key_create"})
+_REFUSED_WHEN_FULL: Final = frozenset({"submit", "requeue", "ask", "admit", "key_create"})
 _OF_API_KEYS: Final[dict[str, Key]] = {
     "admit": API_USE,
     "settle": API_USE,

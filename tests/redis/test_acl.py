@@ -1,6 +1,7 @@
 """The rules of least privilege: enough for each kind of process, and no more."""
 
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from mixfleet_broker.channel import FIRST, delivered_tokens, read_events
 from mixfleet_broker.connection import connect
 from mixfleet_broker.errors import BrokerError, RateLimitedError
 from mixfleet_broker.flush import Flush
+from mixfleet_broker.inquiries import InquiryBox, ask
+from mixfleet_broker.inquiry_codec import InquiryAnswer, TokenizeText, encode_answer
 from mixfleet_broker.key_records import KeyTerms, Limits
 from mixfleet_broker.keys import (
     API_CHARGE,
@@ -25,6 +28,7 @@ from mixfleet_broker.keys import (
     API_SECRET,
     API_USE,
     CHANNEL,
+    INQUIRIES,
     JOB,
     LEASES,
     QUEUE,
@@ -206,6 +210,9 @@ def test_a_client_can_neither_claim_nor_list_nor_destroy(
         lambda: user.hset(WORKER("w1"), "state", "idle"),
         lambda: user.hset(RQ_WORKER("w1"), "state", "idle"),
         lambda: give_order(user, "w1", "drain"),
+        lambda: InquiryBox(user, MODEL).wait(0.1),
+        lambda: user.lrange(INQUIRIES(MODEL), 0, -1),
+        lambda: user.delete(INQUIRIES(MODEL)),
         lambda: user.publish("x", "y"),
     ):
         assert refused(call)
@@ -368,6 +375,29 @@ def test_who_keeps_the_keys_needs_no_other_right(
     keys.revoke(record.key_id)
     keys.revoke(record.key_id, forget=True)
     assert keys.all() == []
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+@pytest.mark.parametrize("asker", ["client", "gateway"])
+def test_clients_and_gateways_ask_and_workers_answer(
+    admin: Redis, connected: Callable[[str], Redis], prefix: str, asker: str
+) -> None:
+    team = "team" if prefix else "mixfleet"
+    a_registration(admin, prefix).beat(state="busy", in_flight=1)
+    box = InquiryBox(connected(f"{team}-worker"), MODEL, prefix=prefix)
+    answer = InquiryAnswer(num_tokens=1, context_length=64, max_answer_tokens=63)
+
+    def work() -> None:
+        inquiry = box.wait(10.0)
+        if inquiry is not None:
+            box.give(inquiry.inquiry_id, encode_answer(answer))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    user = connected(f"{team}-{asker}")
+    assert ask(user, MODEL, TokenizeText(text="x"), prefix=prefix) == answer
+    thread.join()
+    assert refused(lambda: InquiryBox(user, MODEL, prefix=prefix).wait(0.1))
 
 
 def test_every_role_has_a_user() -> None:
