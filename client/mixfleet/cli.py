@@ -88,6 +88,7 @@ COMMANDS = (
     LazyCommand("worker", "mixfleet_worker.cli:worker", "Serve a model from the queue.", "worker"),
     LazyCommand("queue", "mixfleet_broker.cli:queue", "Show depth, workers and jobs."),
     LazyCommand("job", "mixfleet_broker.jobs_cli:job", "List, show, cancel and requeue jobs."),
+    LazyCommand("key", "mixfleet_broker.keys_cli:key", "Make and revoke API keys."),
     LazyCommand("rq", "mixfleet_broker.rq_cli:rq", "Run rq's own tools, made safe."),
     LazyCommand("model", "mixfleet_worker.model_cli:model", "Fetch and import models.", "worker"),
     LazyCommand("doctor", "mixfleet_worker.doctor:doctor", "Check this machine, and what fits it."),

@@ -18,6 +18,8 @@ from mixfleet.openai_shapes import (
 from mixfleet.stream import ChatStream
 from mixfleet.transport import RedisTransport, Transport
 from mixfleet_broker.errors import MessageError, UnknownModelError
+from mixfleet_broker.inquiries import TIMEOUT_S
+from mixfleet_broker.inquiry_codec import Detokenize, TokenizeChat, TokenizeText
 from mixfleet_broker.messages import (
     ChatJob,
     SamplingSettings,
@@ -278,6 +280,72 @@ class Client:
         else:
             message = "no model is served: start a worker with `mixfleet worker` or `mixfleet up`"
         raise UnknownModelError(message, models=served)
+
+    def count_tokens(
+        self,
+        messages: Messages,
+        *,
+        model: str | None = None,
+        system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        timeout_s: float = TIMEOUT_S,
+    ) -> int:
+        """Return how many tokens the prompt of a conversation has, as a worker counts them.
+
+        A worker answers beside its generating, also when all its slots are busy.
+
+        Args:
+            messages: As for :meth:`chat`.
+            model: Name of the model.
+            system: Instruction put before the conversation.
+            tools: What the model may call.
+            timeout_s: Longest wait for the answer, at most 30.
+
+        Raises:
+            InvalidMessagesError: The messages cannot be a conversation.
+            NoWorkerError: No worker of the model lives.
+            InquiriesFullError: Too many such questions wait.
+            InquiryTimeoutError: No answer came in time; ask again.
+            UnknownModelError: No model is named and none, or several, are served.
+            BrokerUnavailableError: Redis cannot be reached.
+        """
+        chosen = self.choose_model(model)
+        job = ChatJob(
+            job_id=new_job_id(),
+            model=chosen,
+            messages=conversation(messages, system),
+            tools=tools_of(tools),
+        )
+        inquiry = TokenizeChat(job=job, detail="count")
+        return self._transport.ask(chosen, inquiry, timeout_s).num_tokens
+
+    def tokenize(
+        self,
+        text: str,
+        *,
+        model: str | None = None,
+        add_special_tokens: bool = True,
+        timeout_s: float = TIMEOUT_S,
+    ) -> tuple[int, ...]:
+        """Return the model's tokens of a text, with BOS before it unless told otherwise.
+
+        Raises:
+            MixfleetError: As :meth:`count_tokens`.
+        """
+        inquiry = TokenizeText(text=text, add_special_tokens=add_special_tokens)
+        return self._transport.ask(self.choose_model(model), inquiry, timeout_s).token_ids
+
+    def detokenize(
+        self, token_ids: Sequence[int], *, model: str | None = None, timeout_s: float = TIMEOUT_S
+    ) -> str:
+        """Return the text of tokens; control tokens have none.
+
+        Raises:
+            InvalidRequestError: One is not in the model's vocabulary.
+            MixfleetError: As :meth:`count_tokens`.
+        """
+        inquiry = Detokenize(token_ids=tuple(token_ids))
+        return self._transport.ask(self.choose_model(model), inquiry, timeout_s).text or ""
 
     def num_workers(self, model: str) -> int:
         """Return how many live workers serve ``model``; jobs wait while there is none."""

@@ -121,7 +121,8 @@ def _tool(tool: object, where: str) -> ToolSpec:
     function.done()
     if strict:
         raise MessageError(
-            f"{where}.function.strict: arguments are not held to their schema here; leave it out"
+            f"{where}.function.strict: only tool_choice holds arguments to their schema; "
+            "leave it out"
         )
     return ToolSpec(
         name=name,

@@ -8,6 +8,7 @@ from mixfleet_broker.job_codec import (
 from mixfleet_broker.messages import (
     ChatJob,
     ChatMessage,
+    OutputFormat,
     Role,
     SamplingSettings,
 )
@@ -29,12 +30,20 @@ def a_payload(
     question: str = "Hi",
     role: Role = "user",
     prompt: str | None = None,
+    output_format: OutputFormat | None = None,
     **sampling: Any,
 ) -> bytes:
     """Return the bytes of a chat of one question, or of a plain prompt; greedy by default."""
     messages = () if prompt is not None else (ChatMessage(role=role, content=question),)
     settings = SamplingSettings(**{"temperature": 0.0, **sampling})
-    job = ChatJob(job_id=job_id, model=model, messages=messages, prompt=prompt, sampling=settings)
+    job = ChatJob(
+        job_id=job_id,
+        model=model,
+        messages=messages,
+        prompt=prompt,
+        output_format=output_format,
+        sampling=settings,
+    )
     return encode_job(job)
 
 

@@ -26,6 +26,7 @@ from mixfleet_engine.generation import SamplingDefaults
 from mixfleet_engine.request import GenerateRequest, SamplingParams
 from mixfleet_engine.tokenizer import Tokenizer
 from mixfleet_worker.handoff import TakenJob
+from mixfleet_worker.output_grammar import output_grammar
 from mixfleet_worker.tool_messages import engine_messages, offered_tools
 
 SEED_BITS = 63
@@ -122,6 +123,7 @@ class Intake:
             stop_token_ids=prompt.stop_token_ids,
             sampling=self._sampling_params(job),
             deadline=_deadline(taken),
+            grammar=output_grammar(job, self._tokenizer),
         )
         return AdmittedJob(lease=lease, request=request, text=text, claimed_at=taken.claimed_at)
 

@@ -9,7 +9,11 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
-from mixfleet_broker.errors import DeadlineExceededError, EngineFailedError
+from mixfleet_broker.errors import (
+    DeadlineExceededError,
+    EngineFailedError,
+    InvalidRequestError,
+)
 from mixfleet_broker.messages import (
     JobEnd,
     TokenChunk,
@@ -98,7 +102,7 @@ class Publisher:
         for output in outputs:
             new, by_stop_string = self._advance(output, now)
             writes += new
-            if isinstance(new[-1], EndWrite):
+            if new and isinstance(new[-1], EndWrite):
                 del self._answers[output.request_id]
             if by_stop_string and output.finish_reason is None:
                 stopped.append(output.request_id)
@@ -130,30 +134,29 @@ class Publisher:
         by_stop_string = bool(pieces) and pieces[-1].stopped
         num_before = answer.num_tokens
         answer.num_tokens += len(pieces)
-        if output.finish_reason == "error" or output.finish_reason == "deadline":
-            return [_failed(answer, output.finish_reason, now)], False
         reason = "stop" if by_stop_string else output.finish_reason
-        rest = "" if reason is None else answer.text.finish()
-        *earlier, last = _chunks(num_before, output.token_ids, pieces, rest)
-        writes: list[Write] = [ChunkWrite(lease=answer.lease, chunk=chunk) for chunk in earlier]
+        if reason == "error" or reason == "deadline" or reason == "grammar":
+            return [_failed(answer, reason, now)], False
+        chunks, lease = _chunks(num_before, output.token_ids, pieces), answer.lease
         if reason is None:
-            return [*writes, ChunkWrite(lease=answer.lease, chunk=last)], False
+            return [ChunkWrite(lease=lease, chunk=chunk) for chunk in chunks], False
+        chunks = _with_rest(chunks, answer)
         end = JobEnd(state="finished", finish_reason=reason, usage=answer.usage())
-        write = EndWrite(lease=answer.lease, end=end, chunk=last, times=answer.times(now))
-        return [*writes, write], by_stop_string
+        # Nothing is new where the last run had delivered all and died before it said so.
+        last = chunks.pop() if chunks else None
+        write = EndWrite(lease=lease, end=end, chunk=last, times=answer.times(now))
+        return [*(ChunkWrite(lease=lease, chunk=chunk) for chunk in chunks), write], by_stop_string
 
 
 def _chunks(
-    num_before: int, token_ids: Sequence[int], pieces: Sequence[TextPiece], rest: str
+    num_before: int, token_ids: Sequence[int], pieces: Sequence[TextPiece]
 ) -> list[TokenChunk]:
-    """Return the chunks of one output, one of each part that it holds tokens of.
+    """Return the chunks of one output, one of each part of the answer that it has tokens of.
 
     Args:
         num_before: Tokens of the answer before these.
         token_ids: At least one for each piece.
-        pieces: What each token added; none may be there at the end of an answer.
-        rest: What the end adds to the last of them. The part of the tool calls can have begun with
-            the last token; then it is "".
+        pieces: What each token added.
     """
     chunks: list[TokenChunk] = []
     num_used = 0
@@ -169,15 +172,30 @@ def _chunks(
             )
         )
         num_used = end
-    last = chunks.pop() if chunks else TokenChunk(num_tokens=num_before, text="", token_ids=())
-    return [*chunks, replace(last, text=last.text + rest)]
+    return chunks
 
 
-def _failed(answer: _Answer, reason: Literal["error", "deadline"], now: float) -> EndWrite:
+def _with_rest(chunks: list[TokenChunk], answer: _Answer) -> list[TokenChunk]:
+    """Return the last chunks of an answer, with what was held back of it until its end."""
+    rest = answer.text.finish()
+    if not rest:
+        return chunks
+    if chunks:
+        # Where the last token itself began another part, nothing of that can have been held back.
+        return [*chunks[:-1], replace(chunks[-1], text=chunks[-1].text + rest)]
+    return [
+        TokenChunk(num_tokens=answer.num_tokens, text=rest, token_ids=(), part=answer.text.part)
+    ]
+
+
+def _failed(
+    answer: _Answer, reason: Literal["error", "deadline", "grammar"], now: float
+) -> EndWrite:
     """Return the end of an answer that cannot go on."""
     kind, why = {
         "error": (EngineFailedError, "the model's numbers are not finite"),
         "deadline": (DeadlineExceededError, "the job's time was over"),
+        "grammar": (InvalidRequestError, "the output format led where nothing can follow"),
     }[reason]
     end = JobEnd(
         state="failed",

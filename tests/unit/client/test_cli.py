@@ -48,6 +48,7 @@ def test_help_lists_every_command_in_the_order_of_the_table() -> None:
             "worker",
             "queue",
             "job",
+            "key",
             "rq",
             "model",
             "doctor",

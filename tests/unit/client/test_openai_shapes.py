@@ -124,7 +124,7 @@ def tool(**function: Any) -> list[dict[str, Any]]:
         ({"tools": [7]}, r"tools\[0\]: must be a map, is int"),
         ({"tools": [{"type": "web_search"}]}, r"tools\[0\].type='web_search': must be function"),
         ({"tools": [{"name": "clock"}]}, r"tools\[0\].function: must be a map, is missing"),
-        ({"tools": tool(strict=True)}, r"tools\[0\].function.strict: arguments are not held"),
+        ({"tools": tool(strict=True)}, r"tools\[0\].function.strict: only tool_choice holds"),
         ({"tools": tool(icon="x")}, r"tools\[0\].function: unknown field 'icon'"),
         ({"tools": tool(parameters={1, 2})}, r"tools\[0\].function.parameters: not JSON"),
         ({"tools": tool(parameters=[])}, r"tools\[0\].parameters: must be a JSON object, is list"),
