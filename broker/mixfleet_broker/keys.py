@@ -323,6 +323,14 @@ BELL: Final = Key(
     lifetime="1 h after the last ring; at most 64 elements",
     meaning="wakes idle workers; a lost ring costs a moment, never a job",
 )
+READER_BELL: Final = Key(
+    name="reader_bell",
+    template="mixfleet:reader_bell:{gateway_id}",
+    type="stream",
+    writers="the gateway itself; read by its readers of channels",
+    lifetime="1 h after the last ring",
+    meaning="tells a reader of many channels that its list of channels has changed",
+)
 READER: Final = Key(
     name="reader",
     template="mixfleet:reader:{job_id}",
@@ -476,6 +484,7 @@ KEYS: Final[tuple[Key, ...]] = (
     CLAIM,
     CHANNEL,
     BELL,
+    READER_BELL,
     READER,
     ORDER,
     CONTROL,

@@ -46,6 +46,7 @@ def test_help_lists_every_command_in_the_order_of_the_table() -> None:
             "up",
             "chat",
             "worker",
+            "gateway",
             "queue",
             "job",
             "key",
