@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Requeued,
         RunStarted,
         TokenChunk,
+        TokenLogprob,
         Usage,
         new_job_id,
     )
@@ -35,6 +36,7 @@ __all__ = [
     "Requeued",
     "RunStarted",
     "TokenChunk",
+    "TokenLogprob",
     "Usage",
     "new_job_id",
 ]

@@ -18,6 +18,7 @@ from mixfleet_broker.messages import (
     Requeued,
     RunStarted,
     TokenChunk,
+    TokenLogprob,
     Usage,
 )
 from mixfleet_broker.records import JobInfo
@@ -41,6 +42,10 @@ class ChatResult:
     """Submit to first token; None when this stream did not see both."""
     total_s: float | None
     """Submit to end; None when this stream did not see both."""
+    stop_string: str | None = None
+    """The one that ended the answer, which is no part of ``text``; None if none did."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One per token, for ``logprobs=``, see :attr:`ChatStream.logprobs`."""
 
 
 class ChatStream:
@@ -86,6 +91,8 @@ class ChatStream:
         self._cancels_on_exit = is_owner
         self._times_count = is_owner
         self._pieces: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._num_prompt_tokens: int | None = None
         self._worker_ids: list[str] = []
         # Unknown in mid-answer until the first event tells.
         self._num_tokens: int | None = 0 if after is None else None
@@ -99,6 +106,20 @@ class ChatStream:
     def text(self) -> str:
         """The answer so far, as far as this stream was read."""
         return "".join(self._pieces)
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...]:
+        """How likely each token was, as far as this stream was read; for ``logprobs=`` only.
+
+        One per token, in order, those included that show no text: a token that ends the answer,
+        and those of its stop string.
+        """
+        return tuple(self._logprobs)
+
+    @property
+    def num_prompt_tokens(self) -> int | None:
+        """Tokens of the prompt; None until a run's first piece of the answer was read."""
+        return self._num_prompt_tokens
 
     @property
     def last_event_id(self) -> str | None:
@@ -168,6 +189,8 @@ class ChatStream:
             worker_ids=tuple(self._worker_ids),
             ttft_s=self._since_submit(self._first_token_at),
             total_s=self._since_submit(self._ended_at),
+            stop_string=end.stop_string,
+            logprobs=self.logprobs,
         )
 
     def cancel(self, reason: str | None = None) -> None:
@@ -234,6 +257,9 @@ class ChatStream:
             if self._first_token_at is None:
                 self._first_token_at = self._clock()
             self._pieces.append(event.text)
+            self._logprobs.extend(event.logprobs)
+            if event.num_prompt_tokens is not None:
+                self._num_prompt_tokens = event.num_prompt_tokens
         else:
             self._end = event
             self._ended_at = self._clock()

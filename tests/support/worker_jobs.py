@@ -29,13 +29,21 @@ def a_payload(
     question: str = "Hi",
     role: Role = "user",
     prompt: str | None = None,
+    prompt_token_ids: tuple[int, ...] = (),
     **sampling: Any,
 ) -> bytes:
     """Return the bytes of a chat of one question, or of a plain prompt; greedy by default."""
-    messages = () if prompt is not None else (ChatMessage(role=role, content=question),)
-    settings = SamplingSettings(**{"temperature": 0.0, **sampling})
-    job = ChatJob(job_id=job_id, model=model, messages=messages, prompt=prompt, sampling=settings)
-    return encode_job(job)
+    is_chat = prompt is None and not prompt_token_ids
+    return encode_job(
+        ChatJob(
+            job_id=job_id,
+            model=model,
+            messages=(ChatMessage(role=role, content=question),) if is_chat else (),
+            prompt=prompt,
+            prompt_token_ids=prompt_token_ids,
+            sampling=SamplingSettings(**{"temperature": 0.0, **sampling}),
+        )
+    )
 
 
 def a_taken_job(

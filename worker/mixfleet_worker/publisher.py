@@ -19,6 +19,7 @@ from mixfleet_engine.detokenizer import AnswerText
 from mixfleet_engine.request import StepOutput
 from mixfleet_worker.handoff import ChunkWrite, EndWrite, JobTimes, TakenJob, Write
 from mixfleet_worker.intake import AdmittedJob, CompleteJob
+from mixfleet_worker.token_logprobs import wire_logprobs
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,6 +32,8 @@ class _Answer:
     num_tokens: int
     claimed_at: float
     first_token_at: float | None = None
+    has_begun: bool = False
+    """A chunk of this run is out."""
 
     def usage(self) -> Usage:
         return Usage(prompt_tokens=self.num_prompt_tokens, completion_tokens=self.num_tokens)
@@ -137,16 +140,30 @@ class Publisher:
         reason = "stop" if by_stop_string else output.finish_reason
         if reason is not None:
             pieces.append(answer.text.finish())
-        chunk = TokenChunk(
-            num_tokens=answer.num_tokens,
-            text="".join(pieces),
-            token_ids=output.token_ids[:num_used],
-        )
+        chunk = _chunk(answer, "".join(pieces), output, num_used)
         if reason is None:
             return ChunkWrite(lease=answer.lease, chunk=chunk), False
-        end = JobEnd(state="finished", finish_reason=reason, usage=answer.usage())
+        end = JobEnd(
+            state="finished",
+            finish_reason=reason,
+            usage=answer.usage(),
+            stop_string=answer.text.stop_string if by_stop_string else None,
+        )
         write = EndWrite(lease=answer.lease, end=end, chunk=chunk, times=answer.times(now))
         return write, by_stop_string
+
+
+def _chunk(answer: _Answer, text: str, output: StepOutput, num_used: int) -> TokenChunk:
+    """Return the chunk of the first ``num_used`` tokens of an output."""
+    token_ids = output.token_ids[:num_used]
+    is_first, answer.has_begun = not answer.has_begun, True
+    return TokenChunk(
+        num_tokens=answer.num_tokens,
+        text=text,
+        token_ids=token_ids,
+        logprobs=wire_logprobs(answer.text.tokenizer, token_ids, output.logprobs),
+        num_prompt_tokens=answer.num_prompt_tokens if is_first else None,
+    )
 
 
 def _failed(answer: _Answer, reason: Literal["error", "deadline"], now: float) -> EndWrite:
@@ -178,7 +195,12 @@ def completion(job: CompleteJob, now: float) -> EndWrite:
     usage = Usage(prompt_tokens=job.num_prompt_tokens, completion_tokens=job.num_tokens)
     return EndWrite(
         lease=job.lease,
-        end=JobEnd(state="finished", finish_reason=job.finish_reason, usage=usage),
+        end=JobEnd(
+            state="finished",
+            finish_reason=job.finish_reason,
+            usage=usage,
+            stop_string=job.stop_string,
+        ),
         chunk=job.chunk,
         times=JobTimes(claimed_at=job.claimed_at, ended_at=now),
     )
