@@ -30,7 +30,7 @@ REQUEUED: Final = "q"
 END: Final = "e"
 
 MAX_LOGPROB: Final = 1e6
-"""Farthest below zero."""
+"""Farthest below zero: it stands for minus infinity too, which JSON could not carry."""
 MAX_REASON_CHARACTERS: Final = 2000
 """Longest message of an end."""
 
@@ -176,6 +176,8 @@ def _read_end(value: object) -> JobEnd:
         return JobEnd(
             state="finished", finish_reason=reason, message=message, usage=usage, stop_string=stop
         )
+    if stop is not None:
+        raise MessageError(f"end: state {state[:20]!r} with a stop string")
     if state == "failed" and code is not None and reason is None:
         return JobEnd(state="failed", code=code, message=message, usage=usage)
     if state == "canceled" and code is None and reason is None:

@@ -146,9 +146,11 @@ class TokenLogprob:
     """How likely the model found a token of the answer, and what else it might have said."""
 
     token: bytes
-    """Its text; may be a part of a character."""
+    """Its text; may be a part of a character. A control token, which has none, goes by its name:
+    ``</s>``, where an answer ends by it."""
     logprob: float
-    """Natural logarithm."""
+    """Natural logarithm, of the model's own probability: before penalties, bias and temperature.
+    What is below -1e6, minus infinity included, is -1e6."""
     top: tuple[tuple[bytes, float], ...] = ()
     """The most likely tokens, best first."""
 

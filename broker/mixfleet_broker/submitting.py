@@ -19,6 +19,9 @@ from mixfleet_broker.messages import (
 from mixfleet_broker.rq_compat import DESCRIPTION, REFUSING_CALL
 from mixfleet_broker.terms import READER_S, JobTerms, QueueRules
 
+BYTES_PER_TOKEN: Final = 4
+"""Of a prompt of tokens, whose text is not known here; the script's own guess."""
+
 _UNITS: Final = {b"jobs": "jobs", b"tokens": "tokens"}
 _TENANT_UNITS: Final = {b"tenant_jobs": "jobs", b"tenant_tokens": "tokens"}
 
@@ -90,7 +93,8 @@ def submit_outcome(reply: list[Any], job: ChatJob, terms: JobTerms) -> int:
 
 def _num_prompt_bytes(job: ChatJob) -> int:
     texts = [job.prompt or "", *(message.content for message in job.messages)]
-    return sum(len(text.encode()) for text in texts)
+    num_text_bytes = sum(len(text.encode()) for text in texts)
+    return num_text_bytes + BYTES_PER_TOKEN * len(job.prompt_token_ids)
 
 
 def _ms(seconds: float | None) -> int:

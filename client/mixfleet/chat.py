@@ -35,6 +35,10 @@ HISTORY_FILE = "chat_history"
 @click.option("--temperature", type=float, help="0 always takes the most likely token.")
 @click.option("--top-k", type=int, help="Choose among the K most likely tokens; 0 is all.")
 @click.option("--top-p", type=float, help="Choose among the tokens that reach this probability.")
+@click.option("--min-p", type=float, help="Choose among tokens of this share of the likeliest's.")
+@click.option("--repetition-penalty", type=float, help="Above 1, words that were there come less.")
+@click.option("--presence-penalty", type=float, help="Above 0, words of the answer come less.")
+@click.option("--frequency-penalty", type=float, help="The same, by how often they are there.")
 @click.option("--max-tokens", type=int, help="Longest answer, in tokens.")
 @click.option("--stop", multiple=True, help="End the answer before this text; may be repeated.")
 @click.option("--seed", type=int, help="The same seed and question give the same answer.")
@@ -141,7 +145,9 @@ def _piped_text() -> str:
 
 
 def _as_json(result: ChatResult) -> str:
-    return json.dumps(asdict(result), ensure_ascii=False)
+    shown = asdict(result)
+    del shown["logprobs"]  # which are bytes, and no flag asks for them
+    return json.dumps(shown, ensure_ascii=False)
 
 
 def stdin_is_terminal() -> bool:

@@ -146,8 +146,9 @@ class Console:
         name, _, value = text.partition(" ")
         if name:
             self._conversation.set(name, value.strip())
+        width = max(map(len, SETTING_NAMES))
         for setting, current in self._conversation.settings().items():
-            self._display.note(f"{setting:<12} {current}")
+            self._display.note(f"{setting:<{width}} {current}")
 
     def _regen(self, _: str) -> None:
         if self._last_question is None:

@@ -18,6 +18,7 @@ from mixfleet_broker.messages import (
     Requeued,
     RunStarted,
     TokenChunk,
+    TokenLogprob,
     ToolCall,
     Usage,
 )
@@ -47,6 +48,10 @@ class ChatResult:
     """The calls that the model makes after its text."""
     tool_calls_problem: str | None = None
     """Why there may be more calls than those; None where all were read."""
+    stop_string: str | None = None
+    """The one that ended the answer, which is no part of ``text``; None if none did."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One per token, for ``logprobs=``, see :attr:`ChatStream.logprobs`."""
 
 
 class ChatStream:
@@ -93,6 +98,8 @@ class ChatStream:
         self._times_count = is_owner
         self._pieces: list[str] = []
         self._tool_calls: ToolCallParser | None = None
+        self._logprobs: list[TokenLogprob] = []
+        self._num_prompt_tokens: int | None = None
         self._worker_ids: list[str] = []
         # Unknown in mid-answer until the first event tells.
         self._num_tokens: int | None = 0 if after is None else None
@@ -119,6 +126,20 @@ class ChatStream:
         Such as that the answer ended at its longest length, or that the model wrote no list.
         """
         return None if self._tool_calls is None else self._tool_calls.parsed().problem
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...]:
+        """How likely each token was, as far as this stream was read; for ``logprobs=`` only.
+
+        One per token, in order, those included that show no text: a token that ends the answer,
+        and those of its stop string.
+        """
+        return tuple(self._logprobs)
+
+    @property
+    def num_prompt_tokens(self) -> int | None:
+        """Tokens of the prompt; None until a run's first piece of the answer was read."""
+        return self._num_prompt_tokens
 
     @property
     def last_event_id(self) -> str | None:
@@ -190,6 +211,8 @@ class ChatStream:
             total_s=self._since_submit(self._ended_at),
             tool_calls=self.tool_calls,
             tool_calls_problem=self.tool_calls_problem,
+            stop_string=end.stop_string,
+            logprobs=self.logprobs,
         )
 
     def cancel(self, reason: str | None = None) -> None:
@@ -256,6 +279,9 @@ class ChatStream:
             if self._first_token_at is None:
                 self._first_token_at = self._clock()
             self._take_text(event)
+            self._logprobs.extend(event.logprobs)
+            if event.num_prompt_tokens is not None:
+                self._num_prompt_tokens = event.num_prompt_tokens
         else:
             self._end = event
             self._ended_at = self._clock()

@@ -65,21 +65,26 @@ class StopStringFilter:
         # Longest first, so that the first match is the longest.
         self._matchers = [_Matcher(stop) for stop in sorted(set(stops), key=len, reverse=True)]
         self._held = ""
-        self._stopped = False
+        self._stop_string: str | None = None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that is complete; None while none is."""
+        return self._stop_string
 
     def push(self, text: str) -> tuple[str, bool]:
         """Return what can be shown now, and whether a stop string is complete.
 
         After that nothing is shown any more, whatever is pushed.
         """
-        if self._stopped:
+        if self._stop_string is not None:
             return "", True
         held_before, self._held = len(self._held), self._held + text
         for index, character in enumerate(text):
-            length = self._advance(character)
-            if length:
-                shown = self._held[: held_before + index + 1 - length]
-                self._held, self._stopped = "", True
+            stop = self._advance(character)
+            if stop is not None:
+                shown = self._held[: held_before + index + 1 - len(stop)]
+                self._held, self._stop_string = "", stop
                 return shown, True
         num_held = max((matcher.num_matched for matcher in self._matchers), default=0)
         boundary = len(self._held) - num_held
@@ -91,12 +96,12 @@ class StopStringFilter:
         held, self._held = self._held, ""
         return held
 
-    def _advance(self, character: str) -> int:
-        """Take one character; return the length of the stop string it completes, or 0."""
-        completed = 0
+    def _advance(self, character: str) -> str | None:
+        """Take one character; return the stop string that it completes, if it does."""
+        completed = None
         for matcher in self._matchers:
-            if matcher.advance(character) and not completed:
-                completed = matcher.num_matched
+            if matcher.advance(character) and completed is None:
+                completed = matcher.wanted
         return completed
 
 
@@ -107,17 +112,17 @@ class _Matcher:
     """
 
     def __init__(self, wanted: str) -> None:
-        self._wanted = wanted
+        self.wanted = wanted
         self._fallbacks = _fallbacks(wanted)
         self.num_matched = 0
 
     def advance(self, character: str) -> bool:
         """Take one character; whether the text now ends with the whole string."""
         matched = self.num_matched
-        while matched and self._wanted[matched] != character:
+        while matched and self.wanted[matched] != character:
             matched = self._fallbacks[matched - 1]
-        self.num_matched = matched + (self._wanted[matched] == character)
-        return self.num_matched == len(self._wanted)
+        self.num_matched = matched + (self.wanted[matched] == character)
+        return self.num_matched == len(self.wanted)
 
 
 def _fallbacks(wanted: str) -> list[int]:
@@ -172,12 +177,17 @@ class AnswerText:
         continues: bool = False,
         tool_calls_id: int | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, continues=continues)
         self._filter = StopStringFilter(stops)
         self._tool_calls_id = tool_calls_id
         self.part: AnswerPart = "text"
         """What the next token belongs to."""
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the answer, if one did."""
+        return self._filter.stop_string
 
     def push(self, token_id: int) -> TextPiece:
         """Take the next token of the answer and return what it adds."""
@@ -203,6 +213,6 @@ class AnswerText:
         text, stopped = self._filter.push(self._detokenizer.flush())
         if not stopped:
             text += self._filter.flush()
-            self._detokenizer = Detokenizer(self._tokenizer)
+            self._detokenizer = Detokenizer(self.tokenizer)
             self.part = "tool_calls"
         return TextPiece(text=text, stopped=stopped)

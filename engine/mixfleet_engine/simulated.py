@@ -4,6 +4,7 @@ For tests of a whole fleet, and for trying one on a machine that cannot run a mo
 batched, chunked and preempted by the real scheduler; only the forward pass is replaced, by a
 sleep and by tokens that hang on nothing but the prompt, the seed and the position. So an answer
 is the same on any worker and in any batch, and goes on alike when another worker continues it.
+Log-probabilities are simulated too; other sampling settings than the seed change nothing.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from mixfleet_engine.errors import ConfigError, InvalidRequestError
 from mixfleet_engine.grammar import Grammars, GrammarState
 from mixfleet_engine.request import GenerateRequest, StepOutput
 from mixfleet_engine.scheduler import Scheduler
+from mixfleet_engine.simulated_logprobs import simulated_logprobs
 from mixfleet_engine.step import NO_TOKEN, SampledToken, StepPlan
 from mixfleet_engine.tokenizer import Tokenizer
 
@@ -68,6 +70,16 @@ class _Script:
         digest = hashlib.blake2b(position.to_bytes(8, "little"), key=self.key, digest_size=8)
         return int.from_bytes(digest.digest(), "little")
 
+    def sampled(
+        self, position: int, num_top: int | None, grammar: GrammarState | None = None
+    ) -> SampledToken:
+        """The same as a runner returns it, with log-probabilities if they are asked for."""
+        token_id = self.token(position, grammar)
+        if num_top is None or token_id == NO_TOKEN:
+            return SampledToken(token_id)
+        found = simulated_logprobs(self.key, position, token_id, self.token_ids, num_top)
+        return SampledToken(token_id, found)
+
 
 @dataclass(slots=True)
 class _ScriptReader:
@@ -84,7 +96,9 @@ class _ScriptReader:
     def run(self, plan: StepPlan) -> list[SampledToken]:
         # First the tokens: a request may be aborted while this sleeps.
         sampled = [
-            SampledToken(self.scripts[chunk.request_id].token(chunk.position, chunk.grammar))
+            self.scripts[chunk.request_id].sampled(
+                chunk.position, chunk.sampling.logprobs, chunk.grammar
+            )
             for chunk in plan.chunks
             if chunk.samples
         ]

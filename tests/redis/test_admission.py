@@ -1,6 +1,7 @@
 """What the queue takes, and what it says to what it does not take."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from mixfleet_broker.errors import (
 )
 from mixfleet_broker.keys import CAPACITY, DEADLINES, JOB, RATES
 from mixfleet_broker.messages import (
+    ChatJob,
     JobEnd,
+    SamplingSettings,
     Usage,
     new_job_id,
 )
@@ -58,6 +61,16 @@ def test_tokens_are_limited_as_well_as_jobs(redis: Redis) -> None:
     assert caught.value.retry_after_s == 5.0
     assert keys_of(redis) == before
     queue.submit(chat_job(max_tokens=10))
+
+
+def test_a_prompt_of_tokens_counts_by_its_tokens(redis: Redis) -> None:
+    queue = JobQueue(redis, MODEL, QueueRules(queue_token_limit=100))
+    sampling = SamplingSettings(max_tokens=20)
+    job = ChatJob(job_id="a", model=MODEL, prompt_token_ids=(7,) * 60, sampling=sampling)
+    queue.submit(job)
+    with pytest.raises(QueueFullError) as caught:
+        queue.submit(replace(job, job_id="b"))
+    assert (caught.value.unit, caught.value.depth) == ("tokens", 80)
 
 
 def test_an_empty_queue_takes_a_job_larger_than_its_limit_of_tokens(redis: Redis) -> None:

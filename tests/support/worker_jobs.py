@@ -30,21 +30,23 @@ def a_payload(
     question: str = "Hi",
     role: Role = "user",
     prompt: str | None = None,
+    prompt_token_ids: tuple[int, ...] = (),
     output_format: OutputFormat | None = None,
     **sampling: Any,
 ) -> bytes:
     """Return the bytes of a chat of one question, or of a plain prompt; greedy by default."""
-    messages = () if prompt is not None else (ChatMessage(role=role, content=question),)
-    settings = SamplingSettings(**{"temperature": 0.0, **sampling})
-    job = ChatJob(
-        job_id=job_id,
-        model=model,
-        messages=messages,
-        prompt=prompt,
-        output_format=output_format,
-        sampling=settings,
+    is_chat = prompt is None and not prompt_token_ids
+    return encode_job(
+        ChatJob(
+            job_id=job_id,
+            model=model,
+            messages=(ChatMessage(role=role, content=question),) if is_chat else (),
+            prompt=prompt,
+            prompt_token_ids=prompt_token_ids,
+            output_format=output_format,
+            sampling=SamplingSettings(**{"temperature": 0.0, **sampling}),
+        )
     )
-    return encode_job(job)
 
 
 def a_taken_job(

@@ -1,6 +1,7 @@
 """One leased job as the I/O thread sees it: its lease, and what is still to be written."""
 
 import re
+from collections import deque
 from dataclasses import dataclass, field, replace
 
 from mixfleet_broker.messages import (
@@ -9,6 +10,9 @@ from mixfleet_broker.messages import (
 from mixfleet_broker.queue import Lease
 from mixfleet_worker.handoff import ChunkWrite, EndWrite, Write
 
+MAX_JOINED_LOGPROBS = 8192
+"""Log-probabilities in one chunk: with the bytes of their tokens well below what a message may
+hold."""
 LONGEST_WAIT_S = 30 * 86_400
 """An id that says more was not made by ``new_job_id``."""
 
@@ -20,8 +24,8 @@ class HeldJob:
     """A job that is leased to this worker.
 
     Writes go out one at a time, so that a refused one can never leave a gap before a later one
-    that was accepted. What comes meanwhile is merged: a slow Redis gets fewer and larger chunks
-    instead of a growing pile. Text and tool calls stay apart.
+    that was accepted. What comes meanwhile is merged where it can be: a slow Redis gets fewer and
+    larger chunks instead of a growing pile. Text and tool calls stay apart.
     """
 
     lease: Lease
@@ -34,18 +38,21 @@ class HeldJob:
     sent: Write | None = None
     """Sent at least once, not known to have arrived. It is sent again unchanged: a larger copy
     of a chunk that did arrive would say its text twice."""
-    unsent: list[Write] = field(default_factory=list)
-    """All later writes: one, or one of each part of the answer."""
+    unsent: deque[Write] = field(default_factory=deque)
+    """All later writes, in as few as possible."""
 
     def add(self, write: Write) -> None:
         """Take one more write, later than all before it."""
-        before = self.unsent.pop() if self.unsent else None
-        self.unsent += _merged(before, write)
+        last = self.unsent[-1] if self.unsent else None
+        if isinstance(last, ChunkWrite) and _can_join(last.chunk, write.chunk):
+            self.unsent[-1] = replace(write, chunk=_joined(last.chunk, write.chunk))
+        else:
+            self.unsent.append(write)
 
     def next_write(self) -> Write | None:
         """Return what is to be sent now; it stays until :meth:`settle`."""
         if self.sent is None and self.unsent:
-            self.sent = self.unsent.pop(0)
+            self.sent = self.unsent.popleft()
         return self.sent
 
     def settle(self) -> None:
@@ -60,7 +67,7 @@ class HeldJob:
     @property
     def has_end(self) -> bool:
         """Whether the answer is complete and only its end is still to be written."""
-        return any(isinstance(write, EndWrite) for write in (self.sent, *self.unsent))
+        return isinstance(self.unsent[-1] if self.unsent else self.sent, EndWrite)
 
 
 def waited_s(job_id: str, now: float) -> float | None:
@@ -79,20 +86,26 @@ def waited_s(job_id: str, now: float) -> float | None:
     return seconds if 0 <= seconds < LONGEST_WAIT_S else None
 
 
-def _merged(earlier: Write | None, later: Write) -> list[Write]:
-    if not isinstance(earlier, ChunkWrite):
-        return [later]  # nothing follows an end, so there was nothing before
-    if later.chunk is not None and later.chunk.part != earlier.chunk.part:
-        return [earlier, later]
-    return [replace(later, chunk=_joined(earlier.chunk, later.chunk))]
+def _can_join(first: TokenChunk, second: TokenChunk | None) -> bool:
+    """Whether two chunks may become one: of the same part, and no larger than a message may be."""
+    if second is None:
+        return True
+    num_logprobs = _num_logprobs(first) + _num_logprobs(second)
+    return first.part == second.part and num_logprobs <= MAX_JOINED_LOGPROBS
+
+
+def _num_logprobs(chunk: TokenChunk) -> int:
+    return sum(1 + len(one.top) for one in chunk.logprobs)
 
 
 def _joined(first: TokenChunk, second: TokenChunk | None) -> TokenChunk:
     if second is None:
         return first
-    return TokenChunk(
+    return replace(
+        first,  # which says what only a run's first chunk does
         num_tokens=second.num_tokens,
         text=first.text + second.text,
         token_ids=first.token_ids + second.token_ids,
         part=first.part,
+        logprobs=first.logprobs + second.logprobs,
     )

@@ -5,8 +5,9 @@ its answer, or the end of a job that has nothing left to compute. A payload that
 raises, and hurts no other job.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
+from typing import TypeVar
 
 from mixfleet_broker.errors import MessageError
 from mixfleet_broker.job_codec import (
@@ -31,6 +32,8 @@ from mixfleet_worker.tool_messages import engine_messages, offered_tools
 
 SEED_BITS = 63
 
+Number = TypeVar("Number", int, float)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdmittedJob:
@@ -53,6 +56,8 @@ class CompleteJob:
     num_tokens: int
     chunk: TokenChunk | None
     """Text that was held back as a possible stop string, if any."""
+    stop_string: str | None = None
+    """The one that ended the answer, if one did."""
     claimed_at: float
 
 
@@ -137,13 +142,22 @@ class Intake:
         return job
 
     def _prompt(self, job: ChatJob) -> _Prompt:
+        prompt = self._chat_prompt(job) if job.messages else self._plain_prompt(job)
+        return replace(prompt, stop_token_ids=frozenset()) if job.sampling.ignore_eos else prompt
+
+    def _plain_prompt(self, job: ChatJob) -> _Prompt:
+        eos_id = self._tokenizer.eos_id
+        # Whether given ids are in the vocabulary is the engine's to say: it knows the model's.
+        token_ids = job.prompt_token_ids
         if job.prompt is not None:
-            eos_id = self._tokenizer.eos_id
-            return _Prompt(
-                token_ids=tuple(encode_prompt(self._tokenizer, job.prompt)),
-                stop_token_ids=frozenset() if eos_id is None else frozenset({eos_id}),
-                continues=True,
-            )
+            token_ids = tuple(encode_prompt(self._tokenizer, job.prompt))
+        return _Prompt(
+            token_ids=token_ids,
+            stop_token_ids=frozenset() if eos_id is None else frozenset({eos_id}),
+            continues=True,
+        )
+
+    def _chat_prompt(self, job: ChatJob) -> _Prompt:
         messages, tools = engine_messages(job), offered_tools(job)
         return _Prompt(
             token_ids=tuple(self._chat_format.encode(messages, tools)),
@@ -167,11 +181,18 @@ class Intake:
 
     def _sampling_params(self, job: ChatJob) -> SamplingParams:
         given, own = job.sampling, self._defaults
+        none = SamplingParams()
         return SamplingParams(
-            temperature=own.temperature if given.temperature is None else given.temperature,
-            top_k=own.top_k if given.top_k is None else given.top_k,
-            top_p=own.top_p if given.top_p is None else given.top_p,
+            temperature=_or(given.temperature, own.temperature),
+            top_k=_or(given.top_k, own.top_k),
+            top_p=_or(given.top_p, own.top_p),
             seed=derived_seed(job.job_id) if given.seed is None else given.seed,
+            min_p=_or(given.min_p, none.min_p),
+            repetition_penalty=_or(given.repetition_penalty, none.repetition_penalty),
+            presence_penalty=_or(given.presence_penalty, none.presence_penalty),
+            frequency_penalty=_or(given.frequency_penalty, none.frequency_penalty),
+            logit_bias=given.logit_bias,
+            logprobs=given.logprobs,
         )
 
     def _replay(
@@ -186,6 +207,10 @@ class Intake:
             if text.push(token_id).stopped or token_id in stop_token_ids:
                 return "stop"
         return "length" if len(taken.delivered_token_ids) >= max_tokens else None
+
+
+def _or(given: Number | None, default: Number) -> Number:
+    return default if given is None else given
 
 
 def _check_delivered(taken: TakenJob) -> None:
@@ -212,15 +237,22 @@ def _complete(
     taken: TakenJob, finish_reason: FinishReason, num_prompt_tokens: int, text: AnswerText
 ) -> CompleteJob:
     num_tokens = len(taken.delivered_token_ids)
-    rest = text.finish()
+    stop_string, rest = text.stop_string, text.finish()
     chunk = None
     if rest:
-        chunk = TokenChunk(num_tokens=num_tokens, text=rest, token_ids=(), part=text.part)
+        chunk = TokenChunk(
+            num_tokens=num_tokens,
+            text=rest,
+            token_ids=(),
+            part=text.part,
+            num_prompt_tokens=num_prompt_tokens,
+        )
     return CompleteJob(
         lease=taken.claimed.lease,
         finish_reason=finish_reason,
         num_prompt_tokens=num_prompt_tokens,
         num_tokens=num_tokens,
         chunk=chunk,
+        stop_string=stop_string,
         claimed_at=taken.claimed_at,
     )

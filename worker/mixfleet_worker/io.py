@@ -339,8 +339,8 @@ class BrokerIO:
                 self._hear(self._outage.next_backoff_s())
 
     def _write_rest(self) -> None:
-        # A job has three writes at most: one that was sent, and one of each part that followed it.
-        for _ in range(3):
+        # A job may have several writes, which go out one by one; each round is one fewer.
+        while self._holdings.has_writes:
             self._holdings.write(ask=False)
 
     def _give_back(self) -> None:

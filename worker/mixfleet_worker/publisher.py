@@ -24,6 +24,7 @@ from mixfleet_engine.detokenizer import AnswerText, TextPiece
 from mixfleet_engine.request import StepOutput
 from mixfleet_worker.handoff import ChunkWrite, EndWrite, JobTimes, TakenJob, Write
 from mixfleet_worker.intake import AdmittedJob, CompleteJob
+from mixfleet_worker.token_logprobs import wire_logprobs
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,6 +37,8 @@ class _Answer:
     num_tokens: int
     claimed_at: float
     first_token_at: float | None = None
+    has_begun: bool = False
+    """A chunk of this run is out."""
 
     def usage(self) -> Usage:
         return Usage(prompt_tokens=self.num_prompt_tokens, completion_tokens=self.num_tokens)
@@ -137,11 +140,16 @@ class Publisher:
         reason = "stop" if by_stop_string else output.finish_reason
         if reason == "error" or reason == "deadline" or reason == "grammar":
             return [_failed(answer, reason, now)], False
-        chunks, lease = _chunks(num_before, output.token_ids, pieces), answer.lease
+        chunks, lease = _chunks(answer, num_before, output, pieces), answer.lease
         if reason is None:
             return [ChunkWrite(lease=lease, chunk=chunk) for chunk in chunks], False
         chunks = _with_rest(chunks, answer)
-        end = JobEnd(state="finished", finish_reason=reason, usage=answer.usage())
+        end = JobEnd(
+            state="finished",
+            finish_reason=reason,
+            usage=answer.usage(),
+            stop_string=answer.text.stop_string if by_stop_string else None,
+        )
         # Nothing is new where the last run had delivered all and died before it said so.
         last = chunks.pop() if chunks else None
         write = EndWrite(lease=lease, end=end, chunk=last, times=answer.times(now))
@@ -149,13 +157,14 @@ class Publisher:
 
 
 def _chunks(
-    num_before: int, token_ids: Sequence[int], pieces: Sequence[TextPiece]
+    answer: _Answer, num_before: int, output: StepOutput, pieces: Sequence[TextPiece]
 ) -> list[TokenChunk]:
     """Return the chunks of one output, one of each part of the answer that it has tokens of.
 
     Args:
+        answer: Whose they are.
         num_before: Tokens of the answer before these.
-        token_ids: At least one for each piece.
+        output: At least one token for each piece.
         pieces: What each token added.
     """
     chunks: list[TokenChunk] = []
@@ -163,12 +172,18 @@ def _chunks(
     for part, group in groupby(pieces, key=lambda piece: piece.part):
         texts = [piece.text for piece in group]
         end = num_used + len(texts)
+        token_ids = output.token_ids[num_used:end]
+        is_first, answer.has_begun = not answer.has_begun, True
         chunks.append(
             TokenChunk(
                 num_tokens=num_before + end,
                 text="".join(texts),
-                token_ids=tuple(token_ids[num_used:end]),
+                token_ids=token_ids,
                 part=part,
+                logprobs=wire_logprobs(
+                    answer.text.tokenizer, token_ids, output.logprobs[num_used:end]
+                ),
+                num_prompt_tokens=answer.num_prompt_tokens if is_first else None,
             )
         )
         num_used = end
@@ -220,7 +235,12 @@ def completion(job: CompleteJob, now: float) -> EndWrite:
     usage = Usage(prompt_tokens=job.num_prompt_tokens, completion_tokens=job.num_tokens)
     return EndWrite(
         lease=job.lease,
-        end=JobEnd(state="finished", finish_reason=job.finish_reason, usage=usage),
+        end=JobEnd(
+            state="finished",
+            finish_reason=job.finish_reason,
+            usage=usage,
+            stop_string=job.stop_string,
+        ),
         chunk=job.chunk,
         times=JobTimes(claimed_at=job.claimed_at, ended_at=now),
     )

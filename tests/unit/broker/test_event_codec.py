@@ -1,3 +1,5 @@
+from typing import get_args
+
 import msgpack
 import pytest
 from hypothesis import given
@@ -5,15 +7,18 @@ from hypothesis import strategies as st
 
 from mixfleet_broker.errors import MessageError
 from mixfleet_broker.event_codec import (
+    MAX_LOGPROB,
     decode_event,
     encode_chunk,
     encode_end,
     encode_run_start,
 )
 from mixfleet_broker.messages import (
+    AnswerPart,
     JobEnd,
     RunStarted,
     TokenChunk,
+    TokenLogprob,
     Usage,
 )
 
@@ -30,11 +35,41 @@ ENDS = [
 ]
 
 
-@given(st.text(), st.lists(st.integers(0, 2**31 - 1)), st.integers(0, 1000))
-def test_a_chunk_survives_the_wire(text: str, token_ids: list[int], before: int) -> None:
-    num_tokens = before + len(token_ids)
-    chunk = TokenChunk(num_tokens=num_tokens, text=text, token_ids=tuple(token_ids))
-    assert decode_event("t", 5, num_tokens, encode_chunk(chunk)) == chunk
+values = st.floats(-MAX_LOGPROB, 0.0)
+logprobs = st.builds(
+    TokenLogprob,
+    token=st.binary(max_size=8),
+    logprob=values,
+    top=st.lists(st.tuples(st.binary(max_size=8), values), max_size=20).map(tuple),
+)
+
+
+@st.composite
+def chunks(draw: st.DrawFn) -> TokenChunk:
+    token_ids = draw(st.lists(st.integers(0, 2**31 - 1), max_size=8))
+    num = len(token_ids)
+    has_logprobs = draw(st.booleans())
+    return TokenChunk(
+        num_tokens=draw(st.integers(0, 1000)) + num,
+        text=draw(st.text()),
+        token_ids=tuple(token_ids),
+        part=draw(st.sampled_from(get_args(AnswerPart))),
+        logprobs=tuple(draw(st.lists(logprobs, min_size=num, max_size=num)))
+        if has_logprobs
+        else (),
+        num_prompt_tokens=draw(st.none() | st.integers(0, 2**31 - 1)),
+    )
+
+
+@given(chunks())
+def test_a_chunk_survives_the_wire(chunk: TokenChunk) -> None:
+    assert decode_event("t", 5, chunk.num_tokens, encode_chunk(chunk)) == chunk
+
+
+@given(st.text())
+def test_a_stop_string_survives_the_wire(stop_string: str) -> None:
+    end = JobEnd(state="finished", finish_reason="stop", stop_string=stop_string)
+    assert decode_event("e", 5, 2, encode_end(end)) == end
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -61,6 +96,8 @@ def test_a_chunk_of_one_token_takes_few_bytes() -> None:
         JobEnd(state="failed", code="x", finish_reason="stop"),
         JobEnd(state="canceled", finish_reason="stop"),
         JobEnd(state="canceled", code="x"),
+        JobEnd(state="failed", code="x", stop_string="END"),
+        JobEnd(state="canceled", stop_string="END"),
     ],
 )
 def test_an_end_that_contradicts_itself_is_refused(end: JobEnd) -> None:
@@ -89,6 +126,17 @@ def test_a_chunk_cannot_hold_more_tokens_than_the_answer() -> None:
         ("t", {"t": "x", "i": [1], "l": [[b"x", 0.5, []]]}),
         ("t", {"t": "x", "i": [1], "l": [["x", -0.5, []]]}),
         ("t", {"t": "x", "i": [1, 2], "l": [[b"x", -0.5, []]]}),
+        ("t", {"t": "x", "i": [1], "l": [[b"x", -0.5]]}),
+        ("t", {"t": "x", "i": [1], "l": [[b"x", -2e6, []]]}),
+        ("t", {"t": "x", "i": [1], "l": [[b"x", float("-inf"), []]]}),
+        ("t", {"t": "x", "i": [1], "l": [[b"x", float("nan"), []]]}),
+        ("t", {"t": "x", "i": [1], "l": [[b"x", "-1", []]]}),
+        ("t", {"t": "x", "i": [1], "l": [[b"x", -0.5, [[b"y"]]]]}),
+        ("t", {"t": "x", "i": [1], "l": [[b"x", -0.5, [["y", -0.5]]]]}),
+        ("t", {"t": "x", "i": [1], "l": [[b"x", -0.5, [[b"y", float("-inf")]]]]}),
+        ("t", {"t": "x", "i": [1], "n": -1}),
+        ("t", {"t": "x", "i": [1], "n": 1.5}),
+        ("e", {"s": "finished", "r": "stop", "x": 5}),
         ("t", {"i": [1]}),
         ("t", {"t": "x", "i": ["1"]}),
         ("t", {"t": "x", "i": [-1]}),

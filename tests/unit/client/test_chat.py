@@ -1,5 +1,6 @@
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,10 +97,14 @@ def test_stats_go_to_stderr(shell: Shell) -> None:
 
 
 def test_json_prints_one_object(shell: Shell) -> None:
-    result = shell.chat("-q", "Hi", "--json", answers=(answer("Grüß", " dich"),))
+    said = answer("Grüß", " dich")
+    _, end = said[-1]
+    assert isinstance(end, JobEnd)
+    said[-1] = (0.0, replace(end, stop_string="!"))
+    result = shell.chat("-q", "Hi", "--json", "--stop", "!", answers=(said,))
     printed = json.loads(result.stdout)
     assert printed["text"] == "Grüß dich"
-    assert printed["finish_reason"] == "stop"
+    assert (printed["finish_reason"], printed["stop_string"]) == ("stop", "!")
     assert printed["usage"] == {"prompt_tokens": 5, "completion_tokens": 2}
     assert printed["job_id"] == shell.sent[0].job_id
     assert "Grüß" in result.stdout
@@ -109,6 +114,8 @@ def test_every_flag_reaches_the_job(shell: Shell) -> None:
     shell.chat(
         *("-q", "Hi", "--system", "S", "--model", "big", "--temperature", "0", "--top-k", "4"),
         *("--top-p", "0.5", "--max-tokens", "6", "--stop", "a", "--stop", "b", "--seed", "9"),
+        *("--min-p", "0.1", "--repetition-penalty", "1.1"),
+        *("--presence-penalty", "-0.5", "--frequency-penalty", "0"),
         answers=(answer("x"),),
     )
     (job,) = shell.sent
@@ -117,6 +124,8 @@ def test_every_flag_reaches_the_job(shell: Shell) -> None:
     sampling = job.sampling
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0, 4, 0.5)
     assert (sampling.max_tokens, sampling.stop, sampling.seed) == (6, ("a", "b"), 9)
+    assert (sampling.min_p, sampling.repetition_penalty) == (0.1, 1.1)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (-0.5, 0.0)
 
 
 def test_a_failed_job_is_one_line_and_exit_code_1(shell: Shell) -> None:

@@ -157,7 +157,7 @@ def test_set_changes_the_next_answer_and_shows_all_settings() -> None:
     session = Session("/set temperature 0", "/set max_tokens 5", "a", answers=(answer("x"),))
     assert session.sent[0].sampling.temperature == 0
     assert session.sent[0].sampling.max_tokens == 5
-    assert "temperature  0.0\n" in session.err
+    assert "temperature        0.0\n" in session.err
 
 
 def test_a_wrong_setting_is_one_line() -> None:

@@ -53,6 +53,10 @@ def test_taking_back_forgets_one_exchange() -> None:
         ("stop", "END|\\n", ("END", "\\n")),
         ("stop", "none", ()),
         ("seed", "7", 7),
+        ("min-p", "0.05", 0.05),
+        ("repetition_penalty", "1.2", 1.2),
+        ("presence_penalty", "-1", -1.0),
+        ("frequency_penalty", "none", None),
     ],
 )
 def test_a_setting_is_read_from_its_text(name: str, text: str, value: object) -> None:

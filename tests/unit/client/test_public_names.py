@@ -20,6 +20,7 @@ def test_the_public_names_are_these() -> None:
         "Requeued",
         "RunStarted",
         "TokenChunk",
+        "TokenLogprob",
         "ToolCall",
         "Usage",
         "new_job_id",

@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,7 @@ from mixfleet_broker.messages import (
     JobEvent,
     RunStarted,
     TokenChunk,
+    TokenLogprob,
     Usage,
 )
 from mixfleet_broker.terms import JobTerms
@@ -66,6 +68,40 @@ def test_the_result_holds_the_whole_answer() -> None:
         ttft_s=1.0,
         total_s=1.5,
     )
+
+
+def told(number: int, text: str, num_prompt_tokens: int | None = None) -> TokenChunk:
+    """A chunk with its log-probability."""
+    logprob = TokenLogprob(token=text.encode(), logprob=-number / 2)
+    return replace(chunk(number, text), logprobs=(logprob,), num_prompt_tokens=num_prompt_tokens)
+
+
+def test_the_logprobs_of_an_answer_are_one_list_also_over_a_change_of_workers() -> None:
+    end = JobEnd(
+        state="finished",
+        finish_reason="stop",
+        usage=Usage(prompt_tokens=5, completion_tokens=3),
+        stop_string="END",
+    )
+    transport, clock = fleet(
+        [
+            (0.1, RunStarted(run=7, worker_id="gpu-0", num_tokens=0)),
+            (0.1, told(1, "a", 5)),
+            (0.1, told(2, "b")),
+            (20.0, RunStarted(run=8, worker_id="gpu-1", num_tokens=2)),
+            (0.1, told(3, "c", 5)),
+            (0.0, end),
+        ]
+    )
+    stream = stream_of(transport, clock)
+    assert (stream.num_prompt_tokens, stream.logprobs) == (None, ())
+    assert next(iter(stream)) == "a"
+    assert stream.num_prompt_tokens == 5
+    assert stream.logprobs == (TokenLogprob(token=b"a", logprob=-0.5),)
+    result = stream.result()
+    assert [one.token for one in result.logprobs] == [b"a", b"b", b"c"]
+    assert stream.logprobs == result.logprobs
+    assert (stream.num_prompt_tokens, result.stop_string) == (5, "END")
 
 
 def test_a_result_after_a_part_was_iterated_is_whole_and_may_be_asked_twice() -> None:

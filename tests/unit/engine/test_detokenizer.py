@@ -170,6 +170,24 @@ def test_nothing_is_shown_after_a_stop_string() -> None:
     assert stop_filter.flush() == ""
 
 
+@pytest.mark.parametrize(
+    ("stops", "text", "found"),
+    [
+        (["b", "d"], "abcd", "b"),
+        (["c", "abc", "bc"], "abc", "abc"),  # the longest that is complete at that character
+        (["abd"], "abc", None),
+        ([], "abc", None),
+    ],
+)
+def test_the_stop_string_that_was_found_is_told(
+    stops: list[str], text: str, found: str | None
+) -> None:
+    answer = AnswerText(BYTES, stops)
+    for token_id in text.encode():
+        answer.push(token_id)
+    assert answer.stop_string == found
+
+
 def test_what_was_held_back_is_shown_when_it_is_no_stop_string() -> None:
     stop_filter = StopStringFilter(["\n\nUser:"])
     assert stop_filter.push("yes\n") == ("yes", False)

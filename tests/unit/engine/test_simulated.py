@@ -1,4 +1,5 @@
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from mixfleet_engine.door import GenerationEngine
 from mixfleet_engine.errors import ConfigError, InvalidRequestError, PromptTooLongError
-from mixfleet_engine.request import SamplingParams
+from mixfleet_engine.request import SamplingParams, TokenLogprobs
 from mixfleet_engine.simulated import SimulatedEngine
 from mixfleet_worker.simulated_words import SimulatedWords
 from support.engine_requests import make_request, run_to_end
@@ -121,6 +122,54 @@ def test_lengths_differ_from_prompt_to_prompt_within_the_given_range() -> None:
 
 def test_without_stop_tokens_the_answer_goes_on_to_max_tokens() -> None:
     assert len(answer(make_engine(answer_lengths=range(2, 3)), max_tokens=11)) == 11
+
+
+def logprobs(
+    engine: SimulatedEngine, num_top: int | None, output: Iterable[int] = (), **fields: Any
+) -> list[TokenLogprobs]:
+    """What it says of 12 tokens, or of the rest of them."""
+    sampling = SamplingParams(logprobs=num_top)
+    engine.submit(make_request(output=output, max_tokens=12, sampling=sampling, **fields))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    assert all(len(output.token_ids) == 1 for output in outputs)
+    return [found for output in outputs for found in output.logprobs]
+
+
+def test_nobody_hears_of_logprobs_who_does_not_ask() -> None:
+    assert logprobs(make_engine(), None) == []
+    assert [found.top for found in logprobs(make_engine(), 0)] == [()] * 12
+
+
+def test_its_logprobs_could_be_a_models() -> None:
+    token_ids = answer(make_engine(), max_tokens=12)
+    for token_id, found in zip(token_ids, logprobs(make_engine(), 20), strict=True):
+        assert found.top[0] == (token_id, found.logprob)
+        assert len({other for other, _ in found.top}) == len(found.top) == 20
+        values = [value for _, value in found.top]
+        assert values == sorted(values, reverse=True)
+        assert sum(map(math.exp, values)) < 1.0
+        assert {other for other, _ in found.top} <= set(range(100, 200))
+
+
+def test_its_logprobs_differ_from_token_to_token_and_not_from_worker_to_worker() -> None:
+    once, again = logprobs(make_engine(), 3), logprobs(make_engine(), 3)
+    assert once == again
+    assert len({found.logprob for found in once}) == 12
+    assert logprobs(make_engine(), 3, prompt=(5,)) != once
+
+
+def test_its_logprobs_go_on_where_another_worker_continues() -> None:
+    token_ids = answer(make_engine(), max_tokens=12)
+    continued = logprobs(make_engine(), 3, output=token_ids[:5])
+    assert len(continued) == 7
+    assert continued == logprobs(make_engine(), 3)[5:]
+
+
+def test_it_reports_no_more_tokens_than_it_has() -> None:
+    found = logprobs(make_engine(token_ids=(7, 9, 9)), 5)
+    assert {len(one.top) for one in found} == {2}
 
 
 def test_every_step_takes_its_time_and_every_token_too() -> None:

@@ -1,13 +1,18 @@
 import time
+from collections.abc import Iterator
 
 import pytest
 
+from mixfleet_broker.event_codec import encode_chunk
 from mixfleet_broker.messages import (
+    AnswerPart,
     JobEnd,
     TokenChunk,
+    TokenLogprob,
     new_job_id,
 )
-from mixfleet_worker.handoff import ChunkWrite, EndWrite, JobTimes
+from mixfleet_broker.packing import MAX_MESSAGE_BYTES
+from mixfleet_worker.handoff import ChunkWrite, EndWrite, JobTimes, Write
 from mixfleet_worker.held import LONGEST_WAIT_S, HeldJob, waited_s
 from support.fake_session import chunk_write
 from support.worker_jobs import a_lease
@@ -41,6 +46,71 @@ def test_writes_that_wait_become_one() -> None:
     assert job.next_write() == ChunkWrite(
         lease=LEASE, chunk=TokenChunk(num_tokens=3, text="ac", token_ids=(1, 2, 3))
     )
+
+
+def a_chunk(
+    number: int,
+    *,
+    part: AnswerPart = "text",
+    num_top: int = 0,
+    num_prompt_tokens: int | None = None,
+) -> ChunkWrite:
+    """The write of one token with its log-probability and that of some others."""
+    logprob = TokenLogprob(token=b"x", logprob=-number, top=((b"y", -1.0),) * num_top)
+    return ChunkWrite(
+        lease=LEASE,
+        chunk=TokenChunk(
+            num_tokens=number,
+            text="x",
+            token_ids=(number,),
+            part=part,
+            logprobs=(logprob,),
+            num_prompt_tokens=num_prompt_tokens,
+        ),
+    )
+
+
+def sent_one_by_one(job: HeldJob) -> Iterator[Write]:
+    while (write := job.next_write()) is not None:
+        yield write
+        job.settle()
+
+
+def test_joined_chunks_keep_every_logprob_and_the_length_of_the_prompt() -> None:
+    job = a_held_job()
+    for number in (1, 2, 3):
+        job.add(a_chunk(number, num_prompt_tokens=9 if number == 1 else None))
+    [write] = sent_one_by_one(job)
+    assert write.chunk is not None
+    assert [one.logprob for one in write.chunk.logprobs] == [-1, -2, -3]
+    assert (write.chunk.token_ids, write.chunk.num_prompt_tokens) == ((1, 2, 3), 9)
+
+
+def test_chunks_of_different_parts_stay_apart_and_in_order() -> None:
+    job = a_held_job()
+    parts: tuple[AnswerPart, ...] = ("text", "text", "tool_calls", "tool_calls", "text")
+    for number, part in enumerate(parts, 1):
+        job.add(a_chunk(number, part=part))
+    last = a_chunk(6, part="tool_calls").chunk
+    job.add(an_end(last))
+    assert job.has_end
+    *chunks, end = [write.chunk for write in sent_one_by_one(job)]
+    assert [(chunk.part, chunk.token_ids) for chunk in chunks if chunk is not None] == [
+        ("text", (1, 2)),
+        ("tool_calls", (3, 4)),
+        ("text", (5,)),
+    ]
+    assert end == last
+
+
+def test_joined_chunks_with_many_logprobs_stay_small_enough_for_the_wire() -> None:
+    job = a_held_job()
+    numbers = range(1, 3000)
+    for number in numbers:
+        job.add(a_chunk(number, num_top=20))
+    chunks = [write.chunk for write in sent_one_by_one(job) if write.chunk is not None]
+    assert [i for chunk in chunks for i in chunk.token_ids] == list(numbers)
+    assert max(len(encode_chunk(chunk)) for chunk in chunks) < MAX_MESSAGE_BYTES / 2
 
 
 def test_a_write_that_was_sent_never_changes() -> None:

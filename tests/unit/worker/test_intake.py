@@ -101,6 +101,51 @@ def test_sampling_settings_reach_the_engine() -> None:
     assert admitted(payload).request.sampling == expected
 
 
+def test_every_sampling_setting_reaches_the_engine() -> None:
+    given: dict[str, Any] = {
+        "temperature": 0.1,
+        "top_k": 3,
+        "top_p": 0.2,
+        "min_p": 0.3,
+        "repetition_penalty": 1.4,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 0.6,
+        "logit_bias": ((5, -7.0), (6, 8.0)),
+        "logprobs": 4,
+        "seed": 11,
+    }
+    assert set(given) == set(SamplingParams.__slots__)
+    assert admitted(a_payload(**given)).request.sampling == SamplingParams(**given)
+
+
+def test_a_setting_of_zero_is_not_taken_for_one_that_was_left_open() -> None:
+    zeros: dict[str, Any] = dict.fromkeys(("temperature", "top_k", "seed", "logprobs"), 0)
+    sampling = admitted(a_payload(**zeros)).request.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.seed, sampling.logprobs) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("source", [{"question": "Hi"}, {"prompt": "Hi"}])
+def test_an_answer_that_ignores_the_end_has_no_stop_tokens(source: dict[str, Any]) -> None:
+    assert admitted(a_payload(**source)).request.stop_token_ids
+    assert not admitted(a_payload(**source, ignore_eos=True)).request.stop_token_ids
+
+
+def test_an_answer_that_ignores_the_end_is_continued_behind_one() -> None:
+    end = TOKENIZER.control_id("<|im_end|>")
+    assert end is not None
+    job = admitted(a_payload(ignore_eos=True, max_tokens=9), delivered=(*b"abc", end))
+    assert job.request.output_token_ids == (*b"abc", end)
+
+
+def test_a_prompt_of_tokens_is_continued_as_it_is() -> None:
+    tokenizer = ByteTokenizer(adds_leading_space=True)
+    job = an_intake(tokenizer, "mistral-v1").admit(a_taken_job(a_payload(prompt_token_ids=(7, 9))))
+    assert isinstance(job, AdmittedJob)
+    assert job.request.prompt_token_ids == (7, 9)
+    assert job.request.stop_token_ids == {tokenizer.eos_id}
+    assert "".join(job.text.push(token_id).text for token_id in b" on") == " on"
+
+
 def test_a_job_without_a_seed_gets_the_same_one_on_every_worker() -> None:
     first, again = (admitted(a_payload()).request.sampling.seed for _ in range(2))
     assert first == again == derived_seed("job1")
@@ -163,7 +208,7 @@ def test_an_answer_that_holds_its_stop_token_is_complete() -> None:
 
 def test_an_answer_that_holds_its_stop_string_is_complete() -> None:
     job = complete(a_payload(stop=("bc",), max_tokens=9), delivered=tuple(b"abc"))
-    assert (job.finish_reason, job.chunk) == ("stop", None)
+    assert (job.finish_reason, job.chunk, job.stop_string) == ("stop", None, "bc")
 
 
 def test_text_held_back_in_a_complete_answer_is_delivered_after_all() -> None:
@@ -171,6 +216,8 @@ def test_text_held_back_in_a_complete_answer_is_delivered_after_all() -> None:
     assert job.finish_reason == "length"
     assert job.chunk is not None
     assert (job.chunk.text, job.chunk.token_ids, job.chunk.num_tokens) == ("c", (), 3)
+    assert job.chunk.num_prompt_tokens == job.num_prompt_tokens > 0
+    assert job.stop_string is None
 
 
 def test_a_channel_with_missing_tokens_is_rejected_with_the_numbers() -> None:

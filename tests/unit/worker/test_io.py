@@ -1,11 +1,13 @@
 import logging
 import threading
+from dataclasses import replace
 from queue import Empty
 
 import pytest
 
 from mixfleet_broker.errors import BrokerError, MessageError
 from mixfleet_broker.messages import (
+    AnswerPart,
     JobEnd,
     TokenChunk,
     Usage,
@@ -492,6 +494,24 @@ def test_closing_writes_what_is_left_releases_the_rest_and_signs_off() -> None:
     assert worker.broker.jobs["b"].text == "so far"
     assert worker.broker.queued == ["b"]
     assert worker.broker.signed_off == ["w1"]
+
+
+def test_closing_writes_all_parts_of_an_answer_one_after_the_other() -> None:
+    worker = Fixture(slots=3)
+    lease = worker.take("a")
+    writes = []
+    parts: tuple[AnswerPart, ...] = ("text", "tool_calls", "text")
+    for number, part in enumerate(parts, 1):
+        write = chunk_write(lease, number, f"{number}")
+        writes.append(replace(write, chunk=replace(write.chunk, part=part)))
+    end = an_end(lease, 4)
+    worker.mailboxes.to_io.put(StepReport(writes=(*writes, end), free_slots=0, num_taken=1))
+    worker.mailboxes.to_io.put(Close())
+    run_to_the_end(worker)
+    job = worker.broker.jobs["a"]
+    assert job.token_ids == (1, 2, 3, 4)
+    assert [chunk.part for chunk in job.chunks] == list(parts)
+    assert len(job.ends) == 1
 
 
 def test_closing_gives_back_jobs_whose_claim_was_never_answered() -> None:

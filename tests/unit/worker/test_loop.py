@@ -441,3 +441,38 @@ def test_no_prompt_or_answer_is_logged_above_debug(caplog: pytest.LogCaptureFixt
         worker.run_out()
     assert caplog.records
     assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"logit_bias": ((262, 1.0),)}, "logit_bias holds 262: token ids go from 0 to 261"),
+        ({"prompt_token_ids": (9, 999)}, "prompt_token_ids holds 999: token ids go from 0 to 261"),
+    ],
+)
+def test_a_token_outside_the_vocabulary_rejects_its_job_alone(
+    given: dict[str, Any], named: str
+) -> None:
+    worker = Fixture()
+    worker.give("good", max_tokens=5)
+    worker.give("bad", max_tokens=5, **given)
+    ends = ends_of(worker.run_out())
+    assert ends["good"].end.state == "finished"
+    bad = ends["bad"].end
+    assert (bad.state, bad.code, bad.message) == ("failed", "invalid_request", named)
+
+
+def test_an_answer_that_ignores_the_end_goes_on_to_its_longest() -> None:
+    def num_tokens(**sampling: Any) -> int:
+        worker = Fixture(
+            SimulatedEngine(
+                token_ids=LETTERS, vocab_size=TOKENIZER.vocab_size, answer_lengths=range(3, 4)
+            )
+        )
+        worker.give(max_tokens=20, **sampling)
+        usage = ends_of(worker.run_out())["job1"].end.usage
+        assert usage is not None
+        return usage.completion_tokens
+
+    assert num_tokens() == 3
+    assert num_tokens(ignore_eos=True) == 20

@@ -1,15 +1,18 @@
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
+from mixfleet_broker.event_codec import MAX_LOGPROB, decode_event, encode_chunk
 from mixfleet_broker.messages import (
     JobEnd,
     TokenChunk,
+    TokenLogprob,
     Usage,
 )
 from mixfleet_engine.detokenizer import AnswerText
-from mixfleet_engine.request import FinishReason, GenerateRequest, StepOutput
+from mixfleet_engine.request import FinishReason, GenerateRequest, StepOutput, TokenLogprobs
 from mixfleet_worker.handoff import ChunkWrite, EndWrite, JobTimes, Write
 from mixfleet_worker.intake import AdmittedJob, CompleteJob
 from mixfleet_worker.publisher import Publisher, completion, rejection
@@ -61,7 +64,8 @@ def test_a_token_becomes_a_chunk_under_the_jobs_lease() -> None:
     publisher.open(a_job())
     write = publish_one(publisher, tokens(b"a"))
     assert write == ChunkWrite(
-        lease=a_lease(), chunk=TokenChunk(num_tokens=1, text="a", token_ids=(97,))
+        lease=a_lease(),
+        chunk=TokenChunk(num_tokens=1, text="a", token_ids=(97,), num_prompt_tokens=3),
     )
 
 
@@ -140,6 +144,100 @@ def test_text_held_back_for_a_stop_string_comes_with_the_end() -> None:
     assert chunk_of(publish_one(publisher, tokens(b"Y", "length"))).text == "XY"
 
 
+def test_the_stop_string_that_ended_the_answer_is_named() -> None:
+    publisher = Publisher()
+    publisher.open(a_job(stops=("no", "XY", "Y")))
+    write = publish_one(publisher, tokens(b"aXY"))
+    assert isinstance(write, EndWrite)
+    assert write.end.stop_string == "XY"
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_no_stop_string_is_named_where_none_ended_the_answer(reason: FinishReason) -> None:
+    publisher = Publisher()
+    publisher.open(a_job(stops=("XY",)))
+    write = publish_one(publisher, tokens(b"aX", reason))
+    assert isinstance(write, EndWrite)
+    assert write.end.stop_string is None
+
+
+def test_the_first_chunk_of_a_run_tells_the_length_of_the_prompt_and_no_other_does() -> None:
+    publisher = Publisher()
+    publisher.open(a_job(delivered=b"abc"))
+    chunks = [chunk_of(publish_one(publisher, tokens(t))) for t in (b"d", b"e", b"f")]
+    assert [chunk.num_prompt_tokens for chunk in chunks] == [3, None, None]
+
+
+def with_logprobs(*token_ids: int, reason: FinishReason | None = None) -> StepOutput:
+    """New tokens, each as likely as its id says; the most likely ones are it and EOS."""
+    found = tuple(
+        TokenLogprobs(logprob=-i / 10, top=((i, -i / 10), (EOS or 0, -90.0))) for i in token_ids
+    )
+    return StepOutput(request_id="job1", token_ids=token_ids, finish_reason=reason, logprobs=found)
+
+
+def test_each_token_has_its_logprob_also_where_its_text_is_held_back() -> None:
+    publisher = Publisher()
+    publisher.open(a_job(stops=("bcd",)))
+    chunk = chunk_of(publish_one(publisher, with_logprobs(*b"abc")))
+    assert chunk.text == "a"
+    assert chunk.logprobs == (
+        TokenLogprob(token=b"a", logprob=-9.7, top=((b"a", -9.7), (b"</s>", -90.0))),
+        TokenLogprob(token=b"b", logprob=-9.8, top=((b"b", -9.8), (b"</s>", -90.0))),
+        TokenLogprob(token=b"c", logprob=-9.9, top=((b"c", -9.9), (b"</s>", -90.0))),
+    )
+
+
+def test_tokens_behind_a_stop_string_have_no_logprob() -> None:
+    publisher = Publisher()
+    publisher.open(a_job(stops=("b",)))
+    chunk = chunk_of(publish_one(publisher, with_logprobs(*b"abc")))
+    assert [one.token for one in chunk.logprobs] == [b"a", b"b"]
+
+
+def test_a_part_of_a_character_is_told_as_its_bytes() -> None:
+    publisher = Publisher()
+    publisher.open(a_job())
+    (one,) = chunk_of(publish_one(publisher, with_logprobs("é".encode()[0]))).logprobs
+    assert one.token == b"\xc3"
+
+
+def test_the_token_that_ends_an_answer_is_told_by_its_name() -> None:
+    publisher = Publisher()
+    publisher.open(a_job())
+    assert EOS is not None
+    chunk = chunk_of(publish_one(publisher, with_logprobs(ord("a"), EOS, reason="stop")))
+    assert (chunk.text, [one.token for one in chunk.logprobs]) == ("a", [b"a", b"</s>"])
+
+
+def test_a_padding_row_of_the_model_has_no_name() -> None:
+    publisher = Publisher()
+    publisher.open(a_job())
+    (one,) = chunk_of(publish_one(publisher, with_logprobs(TOKENIZER.vocab_size + 1))).logprobs
+    assert one.token == b""
+
+
+@pytest.mark.parametrize(
+    ("computed", "told"),
+    [
+        (-math.inf, -MAX_LOGPROB),
+        (-3e38, -MAX_LOGPROB),
+        (-MAX_LOGPROB, -MAX_LOGPROB),
+        (-12.5, -12.5),
+        (0.0, 0.0),
+        (1e-7, 0.0),
+    ],
+)
+def test_a_logprob_is_told_within_what_the_wire_carries(computed: float, told: float) -> None:
+    publisher = Publisher()
+    publisher.open(a_job())
+    found = TokenLogprobs(logprob=computed, top=((98, computed),))
+    output = StepOutput(request_id="job1", token_ids=(97,), logprobs=(found,))
+    chunk = chunk_of(publish_one(publisher, output))
+    assert chunk.logprobs == (TokenLogprob(token=b"a", logprob=told, top=((b"b", told),)),)
+    assert decode_event("t", 1, 1, encode_chunk(chunk)) == chunk
+
+
 def test_answers_of_one_step_do_not_touch_each_other() -> None:
     publisher = Publisher()
     for job_id in ("a", "b", "c"):
@@ -186,10 +284,11 @@ def test_a_completion_says_what_the_earlier_runs_delivered() -> None:
         num_prompt_tokens=4,
         num_tokens=9,
         chunk=None,
+        stop_string="END",
         claimed_at=1.0,
     )
     write = completion(job, 3.0)
-    assert write.end.finish_reason == "stop"
+    assert (write.end.finish_reason, write.end.stop_string) == ("stop", "END")
     assert write.end.usage == Usage(prompt_tokens=4, completion_tokens=9)
 
 
