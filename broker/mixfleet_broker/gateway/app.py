@@ -13,11 +13,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from mixfleet_broker.errors import MixfleetError
-from mixfleet_broker.gateway import health, openai_chat, openai_models
+from mixfleet_broker.gateway import health, openai_chat, openai_models, responses
 from mixfleet_broker.gateway.api_errors import ApiError, as_api_error
 from mixfleet_broker.gateway.caller import Gatekeeper, is_loopback
 from mixfleet_broker.gateway.fleet import Fleet
 from mixfleet_broker.gateway.guard import REQUEST_ID, ErrorBody, Guard
+from mixfleet_broker.gateway.responses_reading import Followers
 from mixfleet_broker.gateway.service import Service
 from mixfleet_broker.gateway.watch import JobWatch
 from mixfleet_broker.settings import Settings
@@ -35,9 +36,11 @@ def create_app(settings: Settings) -> FastAPI:
         app.state.service = Service(
             settings=settings, fleet=fleet, gate=gate, watch=JobWatch([gate])
         )
+        app.state.followers = Followers()
         try:
             yield
         finally:
+            await app.state.followers.close()
             await fleet.close()
 
     app = FastAPI(
@@ -48,6 +51,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.include_router(openai_chat.router)
     app.include_router(openai_models.router)
+    app.include_router(responses.router)
     app.include_router(health.router)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(MixfleetError, _on_mixfleet_error)
