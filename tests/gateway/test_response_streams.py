@@ -8,6 +8,7 @@ from openai import OpenAI
 from redis import Redis
 
 from mixfleet_broker.channel import read_events
+from mixfleet_broker.keys import READER
 from mixfleet_broker.messages import JobEnd, Usage
 from support.echo_worker import EchoWorker
 from support.gateway import GatewayProcess
@@ -76,6 +77,8 @@ def test_a_stream_goes_on_at_another_gateway_after_any_event_when_its_own_was_ki
         claimed = advance(hand, number)
         events = [next(stream) for _ in range(number + 1)]
         cut[number] = claimed, events, stream
+    with Redis.from_url(redis_url) as redis:  # no job is to end with its reader
+        assert list(redis.scan_iter(READER("*"))) == []
     gateway.process.kill()
     gateway.process.wait()
     with GatewayProcess(redis_url, tmp_path) as other, client_of(other) as client2:

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from openai import APIStatusError, BadRequestError, NotFoundError, OpenAI
+from openai import APIStatusError, BadRequestError, ConflictError, NotFoundError, OpenAI
 from redis import Redis
 
 from mixfleet_broker.api_keys import ApiKeys
@@ -176,6 +176,19 @@ def test_a_format_reaches_the_job(client: OpenAI, hand: HandWorker) -> None:
 
 
 @pytest.mark.usefixtures("echo")
+def test_a_repeated_request_finds_the_first_response(client: OpenAI, redis: Redis) -> None:
+    same = {"idempotency-key": "once"}
+    first, second = (
+        client.responses.create(model="tiny", input="Hi", extra_headers=same) for _ in range(2)
+    )
+    assert first == second
+    assert len(list(redis.scan_iter(RESPONSE("*")))) == 1
+    with pytest.raises(ConflictError):
+        client.responses.create(model="tiny", input="Ho", extra_headers=same)
+    assert client.responses.retrieve(first.id) == first
+
+
+@pytest.mark.usefixtures("echo")
 def test_what_is_not_stored_is_nowhere(client: OpenAI, redis: Redis) -> None:
     made = client.responses.create(model="tiny", input="Hi", store=False)
     assert made.output_text == "Hi"
@@ -206,6 +219,7 @@ def test_input_items_are_listed_page_by_page(client: OpenAI) -> None:
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0"),
         ({"truncation": "auto"}, "truncation"),
+        ({"tool_choice": "required"}, "tool_choice"),
     ],
 )
 def test_what_cannot_be_had_is_refused_by_name(
@@ -214,6 +228,27 @@ def test_what_cannot_be_had_is_refused_by_name(
     with pytest.raises(BadRequestError, match=named):
         client.responses.create(model="tiny", input="Hi", extra_body=more)
     assert list(redis.scan_iter(RESPONSE("*"))) == []
+
+
+@pytest.mark.usefixtures("hand")
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"metadata": {"a": "\ud800"}}, "metadata: holds a lone surrogate"),
+        ({"input": [{"id": "\ud800", "role": "user", "content": ""}]}, "input: holds a lone"),
+        ({"tools": [{**CLOCK, "parameters": {"x": float("nan")}}]}, "tools: holds a number"),
+    ],
+)
+def test_what_could_not_be_written_back_is_refused(
+    gateway: GatewayProcess, more: dict[str, Any], told: str
+) -> None:
+    body = json.dumps({"model": "tiny", "input": "Hi", **more})
+    with gateway.client() as client:
+        reply = client.post(
+            "/v1/responses", content=body, headers={"content-type": "application/json"}
+        )
+    assert reply.status_code == 400
+    assert told in reply.json()["error"]["message"]
 
 
 @pytest.mark.usefixtures("hand")

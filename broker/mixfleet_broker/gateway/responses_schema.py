@@ -125,7 +125,10 @@ class ResponseBody(Body):
         return self.store is not False
 
     def check(self) -> None:
-        """Raise where fields do not go together."""
+        """Raise where fields do not go together, or could not be written back."""
+        items = [item.model_dump() for item in self.input]
+        for name, value in (*self.repeated().items(), ("input", items)):
+            _check_text(name, value)
         if self.background and not self.is_stored:
             raise ApiError(
                 400,
@@ -162,7 +165,7 @@ class ResponseBody(Body):
                 *messages_of([*before, *self.input]),
             ),
             tools=tools,
-            tool_choice=self._choice_of_tool() if tools else "auto",
+            tool_choice=self._choice_of_tool(),
             output_format=self.text.format.output_format() if self.text else None,
             sampling=SamplingSettings(
                 temperature=self.temperature,
@@ -203,3 +206,16 @@ class ResponseBody(Body):
         if isinstance(self.tool_choice, NamedFunctionTool):
             return f"={self.tool_choice.name}"
         return self.tool_choice or "auto"
+
+
+def _check_text(name: str, value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise ApiError(
+            400, f"{name}: holds a lone surrogate", code="invalid_value", param=name
+        ) from None
+    except ValueError:
+        raise ApiError(
+            400, f"{name}: holds a number that is not finite", code="invalid_value", param=name
+        ) from None
