@@ -11,9 +11,7 @@ import httpx2
 import pytest
 from anthropic import Anthropic, AsyncAnthropic
 
-from mixfleet_broker.connection import connect
 from mixfleet_broker.messages import AnswerPart, ChatMessage, SamplingSettings
-from mixfleet_broker.overview import model_statuses
 from mixfleet_broker.tool_call_text import tool_call_id
 from support.answer_worker import NUM_PROMPT_TOKENS, AnswerWorker, Scripted
 from support.echo_worker import EchoWorker
@@ -67,7 +65,8 @@ def url(
     server: RedisServer, shared_worker: AnswerWorker, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     del shared_worker  # its model is known before the gateway looks
-    with GatewayProcess(server.url, tmp_path_factory.mktemp("gateway")) as gateway:
+    directory = tmp_path_factory.mktemp("gateway")
+    with GatewayProcess(server.url, directory, "--keep-alive-s", "0.1") as gateway:
         yield gateway.url
 
 
@@ -269,10 +268,10 @@ def test_the_events_of_a_stream_are_those_of_the_golden_file(
 
 
 def events_of(text: str) -> list[Any]:
-    """The data of all events; each is named as its data says."""
+    """The data of all events but pings; each is named as its data says."""
     found = []
     for event in text.strip().split("\n\n"):
-        if event.startswith(":"):
+        if event.startswith((":", "event: ping")):
             continue
         name, data = event.split("\n")
         found.append(json.loads(data.removeprefix("data: ")))
@@ -304,18 +303,40 @@ def test_a_stream_tells_while_it_waits_where_its_job_stands(url: str, worker: An
         assert "event: message_stop" in list(lines)
 
 
-def test_a_client_that_goes_away_ends_its_job(
-    server: RedisServer, client: Anthropic, url: str
-) -> None:
-    with (
-        EchoWorker(server.url, "held", worker_id="held", hold_after=2) as held,
-        connect(server.url) as redis,
-    ):
+@pytest.fixture
+def held(server: RedisServer, url: str) -> Iterator[EchoWorker]:
+    """Stops after two letters of the question, with a model of its own."""
+    with EchoWorker(server.url, "held", worker_id="held", hold_after=2) as held:
         until(lambda: httpx2.get(f"{url}/v1/models/held").status_code == 200, "it is known")
-        with client.messages.stream(model="held", max_tokens=50, messages=QUESTION) as stream:
-            assert next(iter(stream.text_stream)) == "W"
-            assert [s.num_started for s in model_statuses(redis) if s.model == "held"] == [1]
-        until(lambda: len(held.lost) == 1, "the job is cancelled")
+        yield held
+
+
+def test_a_stream_that_has_nothing_to_say_is_kept_alive_by_pings(
+    url: str, held: EchoWorker
+) -> None:
+    body = {"model": "held", "max_tokens": 50, "messages": QUESTION, "stream": True}
+    with httpx2.stream("POST", f"{url}/v1/messages", json=body) as response:
+        lines = response.iter_lines()
+        assert "event: message_start" in lines
+        assert "event: ping" in lines
+        assert next(lines) == 'data: {"type":"ping"}'
+        held.go.set()
+        assert "event: message_stop" in lines
+
+
+def test_a_stream_that_is_left_ends_its_job(client: Anthropic, held: EchoWorker) -> None:
+    with client.messages.stream(model="held", max_tokens=50, messages=QUESTION) as stream:
+        assert next(iter(stream.text_stream)) == "W"
+        assert held.lost == []
+    until(lambda: len(held.lost) == 1, "the job is cancelled")
+
+
+def test_a_whole_answer_that_is_not_waited_for_ends_its_job(
+    client: Anthropic, held: EchoWorker
+) -> None:
+    with pytest.raises(anthropic.APITimeoutError):
+        ask(client, model="held", timeout=0.5)
+    until(lambda: len(held.lost) == 1, "the job is cancelled")
 
 
 def _content(block: dict[str, Any]) -> dict[str, Any]:
@@ -366,6 +387,25 @@ def test_what_cannot_be_served_is_refused_by_its_name(
     assert text in error["message"]
     assert caught.value.body["request_id"] == caught.value.request_id
     assert worker.jobs == []
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (_content({"type": "\ud83d"}), "blocks of the type `\\ud83d` are not served"),
+        ({"tool_choice": {"type": "\ud83d"}}, "tool_choice: "),
+        ({"system": "\ud83d"}, "lone surrogate"),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_like_anything_else(
+    url: str, more: dict[str, Any], text: str
+) -> None:
+    # Anthropic's client cannot send it, others' can.
+    body = json.dumps({"model": MODEL, "max_tokens": 50, "messages": QUESTION} | more)
+    headers = {"content-type": "application/json"}
+    response = httpx2.post(f"{url}/v1/messages", content=body, headers=headers)
+    assert response.status_code == 400, response.text
+    assert text in response.json()["error"]["message"]
 
 
 def test_max_tokens_must_be_given(url: str) -> None:

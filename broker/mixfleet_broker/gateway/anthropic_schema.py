@@ -61,6 +61,11 @@ def _as_blocks(content: object) -> object:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
+def _readable(text: str) -> str:
+    """Return ``text`` with half a surrogate pair, which pydantic cannot show, as an escape."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _served(block: object) -> object:
     """Name a block that no Mixtral can read, rather than all fields that it has."""
     kind = block.get("type") if isinstance(block, dict) else None
@@ -68,7 +73,7 @@ def _served(block: object) -> object:
         raise PydanticCustomError(
             "block_not_served",
             "blocks of the type `{kind}` are not served here, only {served}",
-            {"kind": kind[:40], "served": ", ".join(_BLOCKS)},
+            {"kind": _readable(kind[:40]), "served": ", ".join(_BLOCKS)},
         )
     return block
 
