@@ -196,16 +196,18 @@ def test_a_call_and_its_result_go_there_and_back(client: Anthropic, worker: Answ
     assert call.type == "tool_use"
     assert (call.name, call.input) == ("weather", {"city": "Paris"})
     assert call.id == tool_call_id(worker.jobs[0].job_id, 0)
-    result = {"type": "tool_result", "tool_use_id": call.id, "content": [text_block("12 °C")]}
+    result: dict[str, Any] = {"type": "tool_result", "tool_use_id": call.id, "is_error": False}
+    result["content"] = [text_block("12 °C")]
     turns: list[Any] = [
         *QUESTION,
         {"role": "assistant", "content": first.content},
-        {"role": "user", "content": [result, text_block("And tomorrow?")]},
+        {"role": "user", "content": [text_block("Here:"), result, text_block("And tomorrow?")]},
     ]
     assert text_of(ask(client, tools=[TOOL], messages=turns)) == "Hello 🙂"
     asked = worker.jobs[1]
     assert [(m.role, m.content, m.call_id) for m in asked.messages[1:]] == [
         ("assistant", "Let me see.", None),
+        ("user", "Here:", None),
         ("tool", "12 °C", call.id),
         ("user", "And tomorrow?", None),
     ]
