@@ -1,33 +1,47 @@
-"""A real gateway process on a free port of loopback."""
+"""Real gateway processes on free ports, each with its log in a file."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx2
 
-from support.worker_process import START_LIMIT_S, until
+from support.worker_process import until
 
-_URL = re.compile(r"running on (http://127\.0\.0\.1:\d+)")
+START_LIMIT_S = 30.0
+_PORT = re.compile(r"running on http://127\.0\.0\.1:(\d+)")
 
 
 class GatewayProcess:
-    """``mixfleet gateway`` as a process; ended at the end of the block.
+    """``mixfleet gateway`` on loopback, as a context manager; ended by its process id.
 
     Args:
         url: Of Redis.
         directory: For its log.
-        options: More of its command line.
+        arguments: More of its options.
+        program: Python to run in the place of ``-m mixfleet``; it gets the same arguments.
     """
 
-    def __init__(self, url: str, directory: Path, *options: str) -> None:
-        self.log_file = directory / "gateway.log"
-        self._command = [sys.executable, "-m", "mixfleet", "gateway", "--redis", url]
-        self._command += ["--listen", "127.0.0.1:0", *options]
+    def __init__(
+        self,
+        url: str,
+        directory: Path,
+        *arguments: str,
+        program: tuple[str, ...] = ("-m", "mixfleet"),
+    ) -> None:
+        self.log_file = directory / f"gateway-{id(self)}.log"
+        self._command = [sys.executable, *program, "gateway", "--redis", url]
+        self._command += ["--listen", "127.0.0.1:0", *arguments]
         self._process: subprocess.Popen[bytes] | None = None
+        self.port = 0
+
+    @property
+    def process(self) -> "subprocess.Popen[bytes]":
+        assert self._process is not None
+        return self._process
 
     @property
     def log(self) -> str:
@@ -35,24 +49,33 @@ class GatewayProcess:
 
     @property
     def url(self) -> str:
-        found = _URL.search(self.log)
-        assert found is not None, self.log
-        return found[1]
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, secret: str = "", **options: Any) -> httpx2.Client:
+        """Return an HTTP client of it that shows a key."""
+        headers = {"authorization": f"Bearer {secret}"} if secret else {}
+        return httpx2.Client(
+            base_url=self.url, headers=headers, trust_env=False, timeout=20.0, **options
+        )
 
     def __enter__(self) -> Self:
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(self._command, stderr=log, stdout=log)
         try:
-            until(self._is_up, "the gateway is ready", START_LIMIT_S)
+            until(self._is_up, "the gateway answers", START_LIMIT_S)
         except BaseException:
             self.__exit__(None, None, None)
             raise
         return self
 
     def _is_up(self) -> bool:
-        assert self._process is not None
-        assert self._process.poll() is None, self.log
-        return bool(_URL.search(self.log)) and httpx2.get(f"{self.url}/livez").status_code == 200
+        assert self.process.poll() is None, self.log
+        found = _PORT.search(self.log)
+        if found is None:
+            return False
+        self.port = int(found[1])
+        with self.client() as client:
+            return client.get("/livez").status_code == 200
 
     def __exit__(
         self,
@@ -60,10 +83,6 @@ class GatewayProcess:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._process is not None
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
+        if self._process is not None:
             self._process.kill()
             self._process.wait()
