@@ -150,7 +150,7 @@ class Client:
 
     def complete(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         *,
         model: str | None = None,
         temperature: float | None = None,
@@ -174,7 +174,10 @@ class Client:
         total_timeout_s: float | None = None,
         job_id: str | None = None,
     ) -> ChatStream:
-        """Send plain text to be continued, without any chat format; else as :meth:`chat`."""
+        """Send plain text to be continued, without any chat format; else as :meth:`chat`.
+
+        The prompt may also be the model's own tokens, which are taken as they are.
+        """
         sampling = _sampling(
             temperature=temperature,
             top_k=top_k,
@@ -193,7 +196,8 @@ class Client:
         job = ChatJob(
             job_id=job_id or new_job_id(),
             model=self.choose_model(model),
-            prompt=prompt,
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=() if isinstance(prompt, str) else tuple(prompt),
             sampling=sampling,
         )
         terms = self._terms(priority, start_within_s, finish_within_s, on_disconnect)
