@@ -79,6 +79,34 @@ _READING: Final = (
     Grant("hgetall", (keys.WORKER,)),
 )
 
+_KEY_RECORDS: Final = (keys.API_KEYS, keys.API_KEY, keys.API_SECRET)
+_KEY_USE: Final = (keys.API_USE, keys.API_JOBS, keys.API_CHARGE)
+_OF_QUEUES: Final = tuple(key for key in KEYS if key not in (*_KEY_RECORDS, *_KEY_USE))
+
+_ADMITTING: Final = (
+    Grant("exists", (keys.API_KEYS,)),
+    Grant("hgetall", (keys.API_KEY,)),
+    Grant("get", (keys.API_SECRET,)),
+    Grant("evalsha hget hmget hset expire", (keys.API_USE,)),
+    Grant("zadd zcard zrange zrem expire", (keys.API_JOBS,)),
+    Grant("get set del", (keys.API_CHARGE,)),
+)
+"""What it takes to know API keys and to charge them, and not to make or change one."""
+
+_KEEPING_KEYS: Final = (
+    Grant("zadd zrange zrem", (keys.API_KEYS,)),
+    Grant("evalsha exists hexists hget hmget hgetall hset hsetnx hdel del", (keys.API_KEY,)),
+    Grant("set del", (keys.API_SECRET,)),
+    Grant("evalsha hget hmget del", (keys.API_USE,)),
+    Grant("zcard del", (keys.API_JOBS,)),
+)
+
+_ASKING: Final = (
+    Grant("rpush llen pexpire", (keys.INQUIRIES,)),
+    Grant("blpop", (keys.INQUIRY_ANSWER,)),
+)
+"""Who asks may not see what others ask, and finds answers by ids that nobody can guess."""
+
 _ANY_STATE: Final = (
     "evalsha del exists expire pexpire persist type "
     "get set incr decr hget hmget hset hsetnx hdel hlen hexists hincrby hgetall hrandfield "
@@ -93,19 +121,26 @@ ROLES: Final[tuple[Role, ...]] = (
         name="client",
         meaning="submits, reads and cancels jobs whose ids it knows",
         keyless=_CONNECTION,
-        grants=(*_SUBMITTING, *_ENDING, *_READING),
+        grants=(*_SUBMITTING, *_ENDING, *_READING, *_ASKING),
     ),
     Role(
         name="gateway",
-        meaning="does so for many, looks after the queue, gives workers orders; claims nothing",
+        meaning="does so for many, looks after the queue, gives workers orders, charges API keys; "
+        "claims nothing",
         keyless=f"{_CONNECTION} info multi exec",
-        grants=(Grant(_ANY_STATE, KEYS),),
+        grants=(Grant(_ANY_STATE, _OF_QUEUES), *_ADMITTING, *_ASKING),
     ),
     Role(
         name="worker",
         meaning="claims and answers jobs",
         keyless=f"{_CONNECTION} info multi exec config|get",
-        grants=(Grant(f"{_ANY_STATE} zpopmin blpop", KEYS),),
+        grants=(Grant(f"{_ANY_STATE} zpopmin blpop", _OF_QUEUES),),
+    ),
+    Role(
+        name="keys",
+        meaning="makes, changes and revokes API keys, for `mixfleet key`; sees no jobs",
+        keyless=_CONNECTION,
+        grants=_KEEPING_KEYS,
     ),
 )
 

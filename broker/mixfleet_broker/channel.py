@@ -7,11 +7,13 @@ run number: from that event on the worker is fenced.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from redis import Redis
 from redis.client import Pipeline
+from redis.exceptions import ResponseError
 
 from mixfleet_broker.errors import MessageError
 from mixfleet_broker.event_codec import TOKENS, decode_event, encode_chunk
@@ -33,6 +35,7 @@ FIRST: Final = "0-0"
 """Read from here to get everything."""
 MAX_EVENTS_PER_READ: Final = 512
 
+_BELL_TTL_S: Final = 3600
 _EVENT_ID: Final = re.compile(r"(\d{1,15})-(\d{1,15})")
 
 
@@ -81,7 +84,58 @@ def read_events(
             count=MAX_EVENTS_PER_READ,
             block=block_ms,
         )
-    return [_decode(entry) for entry in _entries(reply)]
+    return [decode_entry(entry) for entry in _entries(reply)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bell:
+    """A stream by which a reader of many channels is told to look at its list again."""
+
+    key: str
+    last: str = FIRST
+    """Id of the last ring that was heard."""
+
+
+def read_channels(
+    redis: Redis, after: Mapping[str, str], bell: Bell, block_s: float, *, prefix: str = ""
+) -> tuple[Bell, dict[str, list[Any]]]:
+    """Wait for events on many channels with one command.
+
+    Args:
+        redis: A client whose replies are bytes, and whose socket timeout is above ``block_s``.
+        after: By job id, the id of the last event that was read.
+        bell: Ends the wait when it rings, see :func:`ring`.
+        block_s: How long to wait.
+        prefix: Before all keys.
+
+    Returns:
+        The bell as it is now, and by job id the entries that came, for :func:`decode_entry`: one
+        that is not of the schema then hurts the reader of its own job alone.
+    """
+    jobs = {CHANNEL(job_id, prefix=prefix): job_id for job_id in after}
+    streams: dict[Any, Any] = {bell.key: bell.last}
+    streams |= {key: after[job_id] for key, job_id in jobs.items()}
+    with redis_errors():
+        reply = redis.xread(streams, count=MAX_EVENTS_PER_READ, block=round(block_s * 1000))
+    found: dict[str, list[Any]] = {}
+    for raw_key, entries in _streams(reply):
+        key = raw_key.decode()
+        if key == bell.key:
+            bell = replace(bell, last=entries[-1][0].decode())
+        else:
+            found[jobs[key]] = entries
+    return bell, found
+
+
+def ring(redis: Redis, bell_key: str, number: int) -> None:
+    """Ring a reader's bell for the ``number``th time; a ring that comes too late is not needed."""
+    with redis_errors():
+        try:
+            redis.xadd(bell_key, {"n": number}, id=f"{number}-1", maxlen=1, approximate=False)
+        except ResponseError as error:
+            if "equal or smaller" not in str(error):
+                raise
+        redis.expire(bell_key, _BELL_TTL_S)
 
 
 def delivered_tokens(redis: Redis, job_id: str, *, prefix: str = "") -> tuple[int, ...]:
@@ -109,28 +163,34 @@ def ended(redis: Redis, job_id: str, *, prefix: str = "") -> JobEnd | None:
         entries = redis.xrevrange(CHANNEL(check_job_id(job_id), prefix=prefix), count=1)
     if not entries:
         return None
-    _, event = _decode(entries[0])
+    _, event = decode_entry(entries[0])
     return event if isinstance(event, JobEnd) else None
 
 
 def _all_events(redis: Redis, job_id: str, prefix: str) -> Iterable[tuple[str, JobEvent]]:
     with redis_errors():
         entries = redis.xrange(CHANNEL(check_job_id(job_id), prefix=prefix))
-    return [_decode(entry) for entry in entries or ()]
+    return [decode_entry(entry) for entry in entries or ()]
 
 
 def _entries(reply: Any) -> list[Any]:
     """Return the entries of the one stream in a reply, in either protocol of Redis."""
-    if not reply:
-        return []
+    return [entry for _, entries in _streams(reply) for entry in entries]
+
+
+def _streams(reply: Any) -> list[tuple[bytes, list[Any]]]:
+    """Return the streams in a reply with their entries, in either protocol of Redis."""
     if isinstance(reply, dict):
-        (streams,) = reply.values()
-        return [entry for entries in streams for entry in entries]
-    entries: list[Any] = reply[0][1]
-    return entries
+        return [(key, [e for entries in lists for e in entries]) for key, lists in reply.items()]
+    return [(key, entries) for key, entries in reply or ()]
 
 
-def _decode(entry: Any) -> tuple[str, JobEvent]:
+def decode_entry(entry: Any) -> tuple[str, JobEvent]:
+    """Return the id and the event of one entry of a channel.
+
+    Raises:
+        MessageError: It is not of the schema.
+    """
     raw_id, fields = entry
     event_id = raw_id.decode()
     match = _EVENT_ID.fullmatch(event_id)

@@ -14,9 +14,15 @@
     │   │   └── TenantQueueFullError   the tenant's share of it is (retryable)
     │   ├── DeadlineUnreachableError   the job would start too late; nothing was written
     │   ├── JobConflictError        the job id is taken by a different job
+    │   ├── NoWorkerError           nobody lives who could answer the inquiry (retryable)
+    │   ├── InquiriesFullError      too many inquiries wait (retryable)
+    │   ├── InquiryTimeoutError     no answer in the time allowed (retryable)
     │   ├── UnknownJobError         no such job, or its time to live is over
     │   ├── UnknownWorkerError      no such worker lives
-    │   └── UnknownModelError       no model given and none, or several, to choose from
+    │   ├── UnknownModelError       no model given and none, or several, to choose from
+    │   ├── UnknownKeyError         no such API key, or it is revoked
+    │   └── RateLimitedError        the API key has used what it may for now (retryable)
+    │       └── RequestOverLimitError  the request alone is more than the key may use
     └── JobError                    the job ended without a full answer
         ├── JobRejectedError        the job itself cannot run
         │   ├── InvalidRequestError
@@ -34,9 +40,10 @@ whether the same call can succeed later without being changed.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 if TYPE_CHECKING:
+    from mixfleet_broker.limits import LimitState
     from mixfleet_broker.messages import (
         JobEnd,
     )
@@ -187,6 +194,42 @@ class JobConflictError(BrokerError):
         self.job_id = job_id
 
 
+class NoWorkerError(BrokerError):
+    """No worker of the model lives, so nobody can answer. Nothing was written."""
+
+    code = "no_worker"
+    retryable = True
+
+    def __init__(self, *, model: str) -> None:
+        super().__init__(f"no worker of {model} lives: `mixfleet worker ls` lists those that do")
+        self.model = model
+
+
+class InquiriesFullError(BrokerError):
+    """Too many inquiries wait for the model's workers. Nothing was written."""
+
+    code = "inquiries_full"
+    retryable = True
+
+    def __init__(self, *, model: str, waiting: int, limit: int) -> None:
+        super().__init__(f"{waiting} inquiries wait for a worker of {model}, the limit is {limit}")
+        self.model = model
+        self.waiting = waiting
+        self.limit = limit
+
+
+class InquiryTimeoutError(BrokerError):
+    """No worker answered in the time allowed. Asking again changes nothing."""
+
+    code = "inquiry_timeout"
+    retryable = True
+
+    def __init__(self, *, model: str, limit_s: float) -> None:
+        super().__init__(f"no worker of {model} answered within {limit_s:g} s: ask again")
+        self.model = model
+        self.limit_s = limit_s
+
+
 class UnknownJobError(BrokerError):
     """There is no such job, or what was kept of it has expired."""
 
@@ -215,6 +258,79 @@ class UnknownModelError(BrokerError):
     def __init__(self, message: str, *, models: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.models = tuple(models)
+
+
+class UnknownKeyError(BrokerError):
+    """There is no such API key, or it is revoked."""
+
+    code = "unknown_key"
+
+    def __init__(self, *, key_id: str, is_revoked: bool = False) -> None:
+        found = "is revoked: make a new one" if is_revoked else "is unknown"
+        super().__init__(f"API key {key_id} {found}; `mixfleet key ls` lists them")
+        self.key_id = key_id
+        self.is_revoked = is_revoked
+
+
+class RateLimitedError(BrokerError):
+    """The API key has used what it may for now. Nothing was charged."""
+
+    code = "rate_limited"
+    retryable = True
+
+    def __init__(
+        self,
+        *,
+        key_id: str,
+        name: str,
+        limit: int,
+        load: int,
+        retry_after_s: float | None,
+        states: Sequence["LimitState"] = (),
+    ) -> None:
+        again = "" if retry_after_s is None else f"; try again in {retry_after_s:.3g} s"
+        super().__init__(f"API key {key_id}: {load} {_LIMITED[name]}, the limit is {limit}{again}")
+        self.key_id = key_id
+        self.name = name
+        """Of the limit: requests, tokens, tokens_day or jobs."""
+        self.limit = limit
+        self.load = load
+        self.retry_after_s = retry_after_s
+        """Who asks then is admitted if nobody else has come; for jobs: when it is worth asking."""
+        self.states = tuple(states)
+        """Of all limits of the key."""
+
+
+class RequestOverLimitError(RateLimitedError):
+    """The request alone is more than its API key may use at once. Nothing was charged."""
+
+    code = "request_over_limit"
+    retryable = False
+
+    def __init__(
+        self,
+        *,
+        key_id: str,
+        name: str,
+        limit: int,
+        asked: int,
+        states: Sequence["LimitState"] = (),
+    ) -> None:
+        super().__init__(
+            key_id=key_id, name=name, limit=limit, load=asked, retry_after_s=None, states=states
+        )
+        self.args = (
+            f"API key {key_id}: the request alone is {asked} {_LIMITED[name]}, "
+            f"the limit is {limit}",
+        )
+
+
+_LIMITED: Final = {
+    "requests": "requests in a minute",
+    "tokens": "tokens in a minute",
+    "tokens_day": "tokens in a day",
+    "jobs": "unfinished jobs",
+}
 
 
 class JobError(MixfleetError):

@@ -323,6 +323,14 @@ BELL: Final = Key(
     lifetime="1 h after the last ring; at most 64 elements",
     meaning="wakes idle workers; a lost ring costs a moment, never a job",
 )
+READER_BELL: Final = Key(
+    name="reader_bell",
+    template="mixfleet:reader_bell:{gateway_id}",
+    type="stream",
+    writers="the gateway itself; read by its readers of channels",
+    lifetime="1 h after the last ring",
+    meaning="tells a reader of many channels that its list of channels has changed",
+)
 READER: Final = Key(
     name="reader",
     template="mixfleet:reader:{job_id}",
@@ -347,6 +355,23 @@ CONTROL: Final = Key(
     lifetime="60 s after the last word",
     meaning="words for a worker: c:<job>:<token> a run is not its own any more, o: read your order",
 )
+INQUIRIES: Final = Key(
+    name="inquiries",
+    template="mixfleet:inquiries:{model}",
+    type="list",
+    writers="ask; popped by workers",
+    lifetime="30 s after the last question; at most 64 elements",
+    meaning="small questions to any worker of the model: deadline (13 digits, ms), id (32 hex "
+    "digits), body (msgpack)",
+)
+INQUIRY_ANSWER: Final = Key(
+    name="inquiry_answer",
+    template="mixfleet:answer:{inquiry_id}",
+    type="list",
+    writers="the worker that answers; popped by who asked",
+    lifetime="30 s",
+    meaning="the answer to one question (msgpack)",
+)
 WORKER: Final = Key(
     name="worker",
     template="mixfleet:worker:{worker_id}",
@@ -370,6 +395,60 @@ MODELS: Final = Key(
     writers="registry",
     lifetime="a member is trimmed when its model has long not been served",
     meaning="models by the time at which they were last served",
+)
+
+# API keys, for gateways
+
+API_KEYS: Final = Key(
+    name="api_keys",
+    template="mixfleet:api_keys",
+    type="zset",
+    writers="key_create, key_revoke",
+    lifetime="a member is forgotten with its key, by `mixfleet key revoke --forget`",
+    meaning="ids of all API keys, revoked ones too, by the ms of their making; as long as it "
+    "exists a gateway asks for keys",
+)
+API_KEY: Final = Key(
+    name="api_key",
+    template="mixfleet:api_key:{key_id}",
+    type="hash",
+    writers="key_create, key_change, key_rotate, key_revoke",
+    lifetime="until `mixfleet key revoke --forget`",
+    meaning="one API key: the digest of its secret, its terms and limits",
+)
+API_SECRET: Final = Key(
+    name="api_secret",
+    template="mixfleet:api_secret:{digest}",
+    type="string",
+    writers="key_create, key_rotate, key_revoke",
+    lifetime="until its key is revoked or rotated, or the grace time of that is over",
+    meaning="the id of the API key whose secret has this SHA-256",
+)
+API_USE: Final = Key(
+    name="api_use",
+    template="mixfleet:api_use:{key_id}",
+    type="hash",
+    writers="admit, settle",
+    lifetime="2 days after the last request",
+    meaning="what an API key has used: requests and tokens (of the minute: level and ms of it, in "
+    "1/60000), day and day_tokens (UTC), swept (ms)",
+)
+API_JOBS: Final = Key(
+    name="api_jobs",
+    template="mixfleet:api_jobs:{key_id}",
+    type="zset",
+    writers="admit, settle",
+    lifetime="31 days after the last request; swept by admit where the limit is reached",
+    meaning="unfinished jobs of an API key that has a limit of them, by the ms of their admission",
+)
+API_CHARGE: Final = Key(
+    name="api_charge",
+    template="mixfleet:api_charge:{job_id}",
+    type="string",
+    writers="admit, settle",
+    lifetime="until it is settled, at most until nothing of it could be given back",
+    meaning="what a job was charged: key id, tokens, day, ms, level of the minute's tokens with "
+    "it, and that of its requests if the request was charged with it",
 )
 
 KEYS: Final[tuple[Key, ...]] = (
@@ -405,12 +484,21 @@ KEYS: Final[tuple[Key, ...]] = (
     CLAIM,
     CHANNEL,
     BELL,
+    READER_BELL,
     READER,
     ORDER,
     CONTROL,
+    INQUIRIES,
+    INQUIRY_ANSWER,
     WORKER,
     WORKERS,
     MODELS,
+    API_KEYS,
+    API_KEY,
+    API_SECRET,
+    API_USE,
+    API_JOBS,
+    API_CHARGE,
 )
 
 

@@ -9,10 +9,11 @@ from redis import Redis
 from redis.client import Pipeline
 from redis.exceptions import NoScriptError, ResponseError
 
-from mixfleet_broker.keys import QUEUE, lua_key_table
+from mixfleet_broker.keys import API_KEY, API_USE, QUEUE, Key, lua_key_table
 
 ScriptName = Literal[
     "submit",
+    "ask",
     "claim",
     "renew",
     "append",
@@ -23,13 +24,28 @@ ScriptName = Literal[
     "expire",
     "standing",
     "beat",
+    "admit",
+    "settle",
+    "key_create",
+    "key_change",
+    "key_rotate",
+    "key_revoke",
 ]
 Argument = str | bytes | int | float
 
 SCRIPT_NAMES: Final[tuple[ScriptName, ...]] = get_args(ScriptName)
 # Whatever lets a full Redis drain may go over the limit: a claim too, or a Redis full of waiting
-# jobs would stay full. Only submit is refused.
-_REFUSED_WHEN_FULL: Final = frozenset({"submit", "requeue"})
+# jobs would stay full. Only what adds to it is refused.
+_REFUSED_WHEN_FULL: Final = frozenset({"submit", "requeue", "ask", "admit", "key_create"})
+_OF_API_KEYS: Final[dict[str, Key]] = {
+    "admit": API_USE,
+    "settle": API_USE,
+    "key_create": API_KEY,
+    "key_change": API_KEY,
+    "key_rotate": API_KEY,
+    "key_revoke": API_KEY,
+}
+"""Scripts that are about an API key, not about a queue, with their KEYS[1]."""
 _USES: Final = "-- uses:"
 
 
@@ -49,26 +65,28 @@ class Scripts:
         self._prefix = prefix
         self._with_flags = True
 
-    def run(self, name: ScriptName, model: str, *args: Argument) -> Any:
+    def run(self, name: ScriptName, whose: str, *args: Argument) -> Any:
         """Run a script and return its reply.
 
         Args:
             name: The file without its suffix.
-            model: The queue; it is KEYS[1], as rq's list, and ARGV[1].
+            whose: What it is about, ARGV[1]: the model of the queue, with rq's list as KEYS[1];
+                for the scripts of API keys the key's id, with a hash of the key's as KEYS[1].
             args: ARGV from the second on.
         """
+        key = self._first_key(name, whose)
         try:
-            return self._redis.evalsha(self._digest(name), 1, self._list(model), model, *args)
+            return self._redis.evalsha(self._digest(name), 1, key, whose, *args)
         except NoScriptError:
             self._load(name)
-            return self._redis.evalsha(self._digest(name), 1, self._list(model), model, *args)
+            return self._redis.evalsha(self._digest(name), 1, key, whose, *args)
 
-    def queue_on(self, pipeline: Pipeline, name: ScriptName, model: str, *args: Argument) -> None:
+    def queue_on(self, pipeline: Pipeline, name: ScriptName, whose: str, *args: Argument) -> None:
         """Put a call on a pipeline; its reply may be a ``NoScriptError``: then use :meth:`run`."""
-        pipeline.evalsha(self._digest(name), 1, self._list(model), model, *args)
+        pipeline.evalsha(self._digest(name), 1, self._first_key(name, whose), whose, *args)
 
-    def _list(self, model: str) -> str:
-        return QUEUE(model, prefix=self._prefix)
+    def _first_key(self, name: ScriptName, whose: str) -> str:
+        return _OF_API_KEYS.get(name, QUEUE)(whose, prefix=self._prefix)
 
     def _digest(self, name: ScriptName) -> str:
         return script_digest(name, with_flags=self._with_flags, prefix=self._prefix)
@@ -100,7 +118,8 @@ def script_text(name: ScriptName, *, with_flags: bool, prefix: str = "") -> str:
     shebang = f"#!lua{flags}\n" if with_flags else ""
     body = _read(name)
     first_line, _, _ = body.partition("\n")
-    parts = ["base", *first_line.removeprefix(_USES).split()]
+    used = first_line.removeprefix(_USES).split() if first_line.startswith(_USES) else []
+    parts = ["base", *used]
     texts = (_read(f"parts/{part}") for part in parts)
     return f"{shebang}{lua_key_table(prefix)}{''.join(texts)}{body}"
 

@@ -79,6 +79,8 @@ class JobInfo:
     num_slots: int = 0
     """Jobs that these run at once."""
     outlook: Outlook = "queued"
+    tenant: str = "default"
+    """Whose job it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

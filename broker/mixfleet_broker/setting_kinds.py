@@ -13,6 +13,8 @@ _NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _NAME_REQUIREMENT: Final = (
     "must be 1 to 64 letters, digits, dots, dashes or underscores, and start with a letter or digit"
 )
+_HOST: Final = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]")
+_LAST_PORT: Final = 65_535
 _BYTES_PER_GIB: Final = 1 << 30
 _MOST_GIB: Final = 1 << 30
 """More than any machine has, and still a number of bytes."""
@@ -119,6 +121,19 @@ def text(pattern: str, requirement: str, *, metavar: str = "TEXT") -> Kind:
 def identifier() -> Kind:
     """Names of models and workers: they become parts of Redis keys."""
     return text(_NAME, _NAME_REQUIREMENT, metavar="NAME")
+
+
+def listen_address() -> Kind:
+    """A host's name or address, and a port."""
+
+    def read(value: object) -> str:
+        host, _, port = _text(value).rpartition(":")
+        is_port = port.isascii() and port.isdigit() and int(port[:6]) <= _LAST_PORT
+        if not _HOST.fullmatch(host) or not is_port:
+            raise ValueError("must be HOST:PORT, such as 127.0.0.1:8000 or [::1]:8000")
+        return f"{host}:{int(port)}"
+
+    return Kind(metavar="HOST:PORT", read=read)
 
 
 def file_path() -> Kind:

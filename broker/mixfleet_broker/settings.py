@@ -25,6 +25,7 @@ from mixfleet_broker.setting_kinds import (
     file_path,
     gibibytes,
     identifier,
+    listen_address,
     redis_url,
     seconds,
     switch,
@@ -230,7 +231,65 @@ class Settings:
     drain_s: float = _setting(
         seconds(at_least=0),
         30.0,
-        "How long a worker that was told to stop may finish its jobs, in seconds.",
+        "How long a worker or gateway that was told to stop may finish its work, in seconds.",
+    )
+
+    listen: str = _setting(
+        listen_address(),
+        "127.0.0.1:8000",
+        "Where a gateway listens; elsewhere than on loopback there must be an API key. "
+        "Port 0 takes a free one.",
+    )
+    require_key: bool = _setting(
+        switch(),
+        default=False,
+        help_text="Whether a gateway on loopback asks for an API key even while there is none.",
+        shown="`off`",
+    )
+    on_disconnect: str = _setting(
+        choice("cancel", "continue"),
+        "cancel",
+        "What becomes of a job whose HTTP client goes away, unless its request says otherwise.",
+    )
+    keep_alive_s: float = _setting(
+        seconds(above=0),
+        15.0,
+        "How often a stream over HTTP that has nothing to say shows that it lives, in seconds.",
+    )
+    response_ttl_s: float = _setting(
+        seconds(at_least=1),
+        86_400.0,
+        "How long a stored response of `/v1/responses` is kept, in seconds.",
+    )
+    max_body_bytes: int = _setting(
+        whole(at_least=1024), 4 << 20, "Largest body of an HTTP request, in bytes."
+    )
+    max_connections: int = _setting(
+        whole(at_least=1), 8192, "Most HTTP connections of one gateway; more are refused."
+    )
+    cors_origins: str | None = _setting(
+        text(r"\*|(https?://[^,\s]+)(,https?://[^,\s]+)*", "must be * or URLs with commas between"),
+        None,
+        "Web sites whose pages may call the gateway from a browser: URLs, or `*`.",
+        shown="none",
+    )
+    aime_endpoints: Path | None = _setting(  # noqa: RUF009 - it returns a dataclasses.field
+        file_path(),
+        None,
+        "An endpoint file in AIME's TOML form, or a directory of them.",
+        shown="one endpoint per model, called like it",
+    )
+    vllm_metric_aliases: bool = _setting(
+        switch(),
+        default=False,
+        help_text="Whether `/metrics` shows its numbers under vLLM's names too.",
+        shown="`off`",
+    )
+    log_json: bool = _setting(
+        switch(),
+        default=False,
+        help_text="Whether log lines are JSON objects.",
+        shown="`off`",
     )
 
 

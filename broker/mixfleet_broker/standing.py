@@ -8,6 +8,7 @@ from mixfleet_broker.messages import (
     JobState,
 )
 from mixfleet_broker.records import JobInfo, Outlook
+from mixfleet_broker.terms import DEFAULT_TENANT
 
 
 def read_standing(job_id: str, reply: list[Any]) -> JobInfo:
@@ -17,7 +18,7 @@ def read_standing(job_id: str, reply: list[Any]) -> JobInfo:
         MessageError: rq's tools brought it into a state that is none of ours.
     """
     status, worker_id, attempt, losses, waited_ms, rank, tokens, eta_ms = reply[:8]
-    num_workers, num_alive, num_slots, suspended, alone = reply[8:]
+    num_workers, num_alive, num_slots, suspended, alone, tenant = reply[8:]
     state = _job_state(job_id, status.decode())
     waits = state == "queued"
     return JobInfo(
@@ -32,6 +33,7 @@ def read_standing(job_id: str, reply: list[Any]) -> JobInfo:
         waited_s=waited_ms / 1000 if waited_ms >= 0 else None,
         num_workers=num_workers,
         num_slots=num_slots,
+        tenant=tenant.decode() or DEFAULT_TENANT,
         outlook=_outlook(state, num_workers, num_alive, suspended=suspended, alone=alone),
     )
 

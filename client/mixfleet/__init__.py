@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         RunStarted,
         TokenChunk,
         TokenLogprob,
+        ToolCall,
         Usage,
         new_job_id,
     )
@@ -37,6 +38,7 @@ __all__ = [
     "RunStarted",
     "TokenChunk",
     "TokenLogprob",
+    "ToolCall",
     "Usage",
     "new_job_id",
 ]

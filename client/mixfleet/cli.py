@@ -86,8 +86,12 @@ COMMANDS = (
     LazyCommand("up", "mixfleet_worker.up:up", "Start all that a chat needs, here.", "worker"),
     LazyCommand("chat", "mixfleet.chat:chat", "Chat in the terminal, or ask one question."),
     LazyCommand("worker", "mixfleet_worker.cli:worker", "Serve a model from the queue.", "worker"),
+    LazyCommand(
+        "gateway", "mixfleet_broker.gateway.cli:gateway", "Serve clients over HTTP.", "gateway"
+    ),
     LazyCommand("queue", "mixfleet_broker.cli:queue", "Show depth, workers and jobs."),
     LazyCommand("job", "mixfleet_broker.jobs_cli:job", "List, show, cancel and requeue jobs."),
+    LazyCommand("key", "mixfleet_broker.keys_cli:key", "Make and revoke API keys."),
     LazyCommand("rq", "mixfleet_broker.rq_cli:rq", "Run rq's own tools, made safe."),
     LazyCommand("model", "mixfleet_worker.model_cli:model", "Fetch and import models.", "worker"),
     LazyCommand("doctor", "mixfleet_worker.doctor:doctor", "Check this machine, and what fits it."),

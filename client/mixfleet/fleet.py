@@ -8,12 +8,20 @@ from typing import Any, Literal, Self, get_args
 
 from mixfleet.attendance import Attendance
 from mixfleet.events import Patience
+from mixfleet.openai_shapes import (
+    Messages,
+    conversation,
+    output_format_of,
+    tool_choice_of,
+    tools_of,
+)
 from mixfleet.stream import ChatStream
 from mixfleet.transport import RedisTransport, Transport
-from mixfleet_broker.errors import InvalidMessagesError, MessageError, UnknownModelError
+from mixfleet_broker.errors import MessageError, UnknownModelError
+from mixfleet_broker.inquiries import TIMEOUT_S
+from mixfleet_broker.inquiry_codec import Detokenize, TokenizeChat, TokenizeText
 from mixfleet_broker.messages import (
     ChatJob,
-    ChatMessage,
     SamplingSettings,
     new_job_id,
 )
@@ -22,8 +30,6 @@ from mixfleet_broker.settings import Settings, resolve
 from mixfleet_broker.terms import JobTerms, Priority
 
 OnDisconnect = Literal["continue", "cancel"]
-Messages = str | Sequence[Mapping[str, str] | ChatMessage]
-"""A question, or a whole conversation whose last turn is the user's."""
 
 
 class Client:
@@ -67,6 +73,9 @@ class Client:
         *,
         model: str | None = None,
         system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        tool_choice: str | Mapping[str, Any] | None = None,
+        response_format: Mapping[str, Any] | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -91,9 +100,14 @@ class Client:
         """Send a conversation and return its answer's stream at once.
 
         Args:
-            messages: A question, or turns ``{"role": ..., "content": ...}``.
+            messages: A question, or turns ``{"role": ..., "content": ...}``, also with OpenAI's
+                ``tool_calls``, which may be a stream's own, and ``tool_call_id``.
             model: Name of the model.
             system: Instruction put before the conversation.
+            tools: What the model may call, in OpenAI's form; the calls are the stream's
+                ``tool_calls``. Models of the first Mixtral's kind know no tools.
+            tool_choice: ``auto``, ``none``, ``required``, or a tool in OpenAI's form.
+            response_format: ``{"type": "json_object"}``, or ``json_schema`` in OpenAI's form.
             temperature: 0 is greedy; None is the fleet's default, as for the next ones.
             top_k: Choose among the k most likely tokens; 0 is all.
             top_p: Choose among the most likely tokens that reach this probability.
@@ -142,7 +156,10 @@ class Client:
         job = ChatJob(
             job_id=job_id or new_job_id(),
             model=self.choose_model(model),
-            messages=_conversation(messages, system),
+            messages=conversation(messages, system),
+            tools=tools_of(tools),
+            tool_choice=tool_choice_of(tool_choice),
+            output_format=output_format_of(response_format),
             sampling=sampling,
         )
         terms = self._terms(priority, start_within_s, finish_within_s, on_disconnect)
@@ -176,7 +193,7 @@ class Client:
     ) -> ChatStream:
         """Send plain text to be continued, without any chat format; else as :meth:`chat`.
 
-        The prompt may also be the model's own tokens, which are taken as they are.
+        ``prompt`` is the text, or the model's own tokens, which are taken as they are.
         """
         sampling = _sampling(
             temperature=temperature,
@@ -268,6 +285,72 @@ class Client:
             message = "no model is served: start a worker with `mixfleet worker` or `mixfleet up`"
         raise UnknownModelError(message, models=served)
 
+    def count_tokens(
+        self,
+        messages: Messages,
+        *,
+        model: str | None = None,
+        system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        timeout_s: float = TIMEOUT_S,
+    ) -> int:
+        """Return how many tokens the prompt of a conversation has, as a worker counts them.
+
+        A worker answers beside its generating, also when all its slots are busy.
+
+        Args:
+            messages: As for :meth:`chat`.
+            model: Name of the model.
+            system: Instruction put before the conversation.
+            tools: What the model may call.
+            timeout_s: Longest wait for the answer, at most 30.
+
+        Raises:
+            InvalidMessagesError: The messages cannot be a conversation.
+            NoWorkerError: No worker of the model lives.
+            InquiriesFullError: Too many such questions wait.
+            InquiryTimeoutError: No answer came in time; ask again.
+            UnknownModelError: No model is named and none, or several, are served.
+            BrokerUnavailableError: Redis cannot be reached.
+        """
+        chosen = self.choose_model(model)
+        job = ChatJob(
+            job_id=new_job_id(),
+            model=chosen,
+            messages=conversation(messages, system),
+            tools=tools_of(tools),
+        )
+        inquiry = TokenizeChat(job=job, detail="count")
+        return self._transport.ask(chosen, inquiry, timeout_s).num_tokens
+
+    def tokenize(
+        self,
+        text: str,
+        *,
+        model: str | None = None,
+        add_special_tokens: bool = True,
+        timeout_s: float = TIMEOUT_S,
+    ) -> tuple[int, ...]:
+        """Return the model's tokens of a text, with BOS before it unless told otherwise.
+
+        Raises:
+            MixfleetError: As :meth:`count_tokens`.
+        """
+        inquiry = TokenizeText(text=text, add_special_tokens=add_special_tokens)
+        return self._transport.ask(self.choose_model(model), inquiry, timeout_s).token_ids
+
+    def detokenize(
+        self, token_ids: Sequence[int], *, model: str | None = None, timeout_s: float = TIMEOUT_S
+    ) -> str:
+        """Return the text of tokens; control tokens have none.
+
+        Raises:
+            InvalidRequestError: One is not in the model's vocabulary.
+            MixfleetError: As :meth:`count_tokens`.
+        """
+        inquiry = Detokenize(token_ids=tuple(token_ids))
+        return self._transport.ask(self.choose_model(model), inquiry, timeout_s).text or ""
+
     def num_workers(self, model: str) -> int:
         """Return how many live workers serve ``model``; jobs wait while there is none."""
         return self._transport.num_workers(model)
@@ -349,27 +432,3 @@ def _sampling(**given: Any) -> SamplingSettings:
     if "logit_bias" in chosen:
         chosen["logit_bias"] = tuple(sorted(chosen["logit_bias"].items()))
     return SamplingSettings(**chosen)
-
-
-def _conversation(messages: Messages, system: str | None) -> tuple[ChatMessage, ...]:
-    if isinstance(messages, str):
-        messages = (ChatMessage(role="user", content=messages),)
-    turns = tuple(_message(message) for message in messages)
-    if system is None:
-        return turns
-    if turns and turns[0].role == "system":
-        raise InvalidMessagesError("two system texts: system=... and the first message")
-    return (ChatMessage(role="system", content=system), *turns)
-
-
-def _message(message: Mapping[str, str] | ChatMessage) -> ChatMessage:
-    if isinstance(message, ChatMessage):
-        return message
-    if not isinstance(message, Mapping):
-        raise InvalidMessagesError(f"a message is a mapping, not {type(message).__name__}")
-    try:
-        return ChatMessage(**message)  # type: ignore[arg-type]  # the schema checks the role
-    except TypeError as error:
-        raise InvalidMessagesError(
-            f"a message has the fields role and content, not {sorted(message)}"
-        ) from error

@@ -19,9 +19,11 @@ from mixfleet_broker.messages import (
     RunStarted,
     TokenChunk,
     TokenLogprob,
+    ToolCall,
     Usage,
 )
 from mixfleet_broker.records import JobInfo
+from mixfleet_broker.tool_call_text import ToolCallParser
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,10 @@ class ChatResult:
     """Submit to first token; None when this stream did not see both."""
     total_s: float | None
     """Submit to end; None when this stream did not see both."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """The calls that the model makes after its text."""
+    tool_calls_problem: str | None = None
+    """Why there may be more calls than those; None where all were read."""
     stop_string: str | None = None
     """The one that ended the answer, which is no part of ``text``; None if none did."""
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -91,6 +97,7 @@ class ChatStream:
         self._cancels_on_exit = is_owner
         self._times_count = is_owner
         self._pieces: list[str] = []
+        self._tool_calls: ToolCallParser | None = None
         self._logprobs: list[TokenLogprob] = []
         self._num_prompt_tokens: int | None = None
         self._worker_ids: list[str] = []
@@ -104,8 +111,21 @@ class ChatStream:
 
     @property
     def text(self) -> str:
-        """The answer so far, as far as this stream was read."""
+        """The answer so far, as far as this stream was read; tool calls are no part of it."""
         return "".join(self._pieces)
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The tools that the model calls, as far as their calls are whole."""
+        return () if self._tool_calls is None else self._tool_calls.parsed().calls
+
+    @property
+    def tool_calls_problem(self) -> str | None:
+        """Why there may be more calls than :attr:`tool_calls`; None where all were read.
+
+        Such as that the answer ended at its longest length, or that the model wrote no list.
+        """
+        return None if self._tool_calls is None else self._tool_calls.parsed().problem
 
     @property
     def logprobs(self) -> tuple[TokenLogprob, ...]:
@@ -164,7 +184,7 @@ class ChatStream:
             JobError: The job did not end with an answer; ``.text`` holds what had come.
         """
         for event in self.events():
-            if isinstance(event, TokenChunk) and event.text:
+            if isinstance(event, TokenChunk) and event.part == "text" and event.text:
                 yield event.text
         self._raise_if_failed()
 
@@ -189,6 +209,8 @@ class ChatStream:
             worker_ids=tuple(self._worker_ids),
             ttft_s=self._since_submit(self._first_token_at),
             total_s=self._since_submit(self._ended_at),
+            tool_calls=self.tool_calls,
+            tool_calls_problem=self.tool_calls_problem,
             stop_string=end.stop_string,
             logprobs=self.logprobs,
         )
@@ -256,7 +278,7 @@ class ChatStream:
             self._num_tokens = event.num_tokens
             if self._first_token_at is None:
                 self._first_token_at = self._clock()
-            self._pieces.append(event.text)
+            self._take_text(event)
             self._logprobs.extend(event.logprobs)
             if event.num_prompt_tokens is not None:
                 self._num_prompt_tokens = event.num_prompt_tokens
@@ -265,6 +287,14 @@ class ChatStream:
             self._ended_at = self._clock()
             if self._attendance is not None:
                 self._attendance.leave(self.job_id)
+
+    def _take_text(self, chunk: TokenChunk) -> None:
+        if chunk.part == "text":
+            self._pieces.append(chunk.text)
+            return
+        if self._tool_calls is None:
+            self._tool_calls = ToolCallParser(self.job_id)
+        self._tool_calls.push(chunk.text)
 
     def _expect(self, num_tokens: int, what: str) -> None:
         """Check that nothing was lost or said twice: ``what`` begins where the text ends."""

@@ -7,6 +7,8 @@ from mixfleet_broker.attendance import attend
 from mixfleet_broker.channel import read_events
 from mixfleet_broker.connection import MAX_BLOCK_S, connect, find_redis_url
 from mixfleet_broker.errors import UnknownJobError
+from mixfleet_broker.inquiries import ask
+from mixfleet_broker.inquiry_codec import Inquiry, InquiryAnswer
 from mixfleet_broker.keys import (
     JOB,
 )
@@ -69,6 +71,10 @@ class Transport(Protocol):
 
     def num_workers(self, model: str) -> int:
         """Return how many live workers serve ``model``."""
+        ...
+
+    def ask(self, model: str, inquiry: Inquiry, timeout_s: float) -> InquiryAnswer:
+        """Return what any worker of ``model`` answers at once, see mixfleet_broker.inquiries."""
         ...
 
     def close(self) -> None:
@@ -138,6 +144,10 @@ class RedisTransport:
         """See :meth:`Transport.num_workers`."""
         records = workers(self._redis, prefix=self._prefix)
         return sum(record.model == model for record in records)
+
+    def ask(self, model: str, inquiry: Inquiry, timeout_s: float) -> InquiryAnswer:
+        """See :meth:`Transport.ask`."""
+        return ask(self._redis, model, inquiry, timeout_s, prefix=self._prefix)
 
     def close(self) -> None:
         """See :meth:`Transport.close`."""

@@ -10,14 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from mixfleet_engine.chat_format_control import MistralV2Format, MistralV3Format
 from mixfleet_engine.chat_format_free import ChatMLFormat, PlainFormat
-from mixfleet_engine.chat_format_mistral import (
-    AimeFormat,
-    MistralV1Format,
-    MistralV2Format,
-    MistralV3Format,
-)
-from mixfleet_engine.conversation import Message
+from mixfleet_engine.chat_format_mistral import AimeFormat, MistralV1Format
+from mixfleet_engine.conversation import Message, Tool, ToolCall
 from mixfleet_engine.errors import ConfigError
 from mixfleet_engine.prompt_encoding import encode_prompt
 from mixfleet_engine.tokenizer import Tokenizer, find_sentencepiece_file
@@ -26,6 +22,8 @@ __all__ = [
     "FORMATS",
     "ChatFormat",
     "Message",
+    "Tool",
+    "ToolCall",
     "chat_format",
     "default_format",
     "encode_prompt",
@@ -48,13 +46,23 @@ class ChatFormat(Protocol):
         """The tokens by which the model ends its turn."""
         ...
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    @property
+    def tool_calls_id(self) -> int | None:
+        """The control token after which the model writes its tool calls; None: it knows none."""
+        ...
+
+    def encode(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Return the whole prompt, BOS included, up to where the answer begins.
 
         A last message of the assistant is the beginning of the answer, to be continued.
 
+        Args:
+            messages: The conversation.
+            tools: What the assistant may call.
+
         Raises:
-            InvalidMessagesError: The conversation does not fit; says which message and why.
+            InvalidMessagesError: The conversation does not fit, says which message and why; or it
+                has to do with tools and the format knows none.
         """
         ...
 

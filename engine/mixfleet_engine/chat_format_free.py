@@ -3,9 +3,10 @@
 import re
 from collections.abc import Sequence
 
-from mixfleet_engine.conversation import Message, check_messages
+from mixfleet_engine.conversation import Message, Tool, check_messages
 from mixfleet_engine.prompt_encoding import encode_prompt, naming_the_message, needed_id
 from mixfleet_engine.tokenizer import Tokenizer
+from mixfleet_engine.tool_turns import refuse_tools
 
 
 class ChatMLFormat:
@@ -16,6 +17,7 @@ class ChatMLFormat:
     """
 
     name = "chatml"
+    tool_calls_id = None
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -25,8 +27,9 @@ class ChatMLFormat:
         ends = (self._end, tokenizer.eos_id, tokenizer.control_id("<|endoftext|>"))
         self.stop_token_ids = frozenset(token_id for token_id in ends if token_id is not None)
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Return the prompt; see :meth:`ChatFormat.encode`."""
+        refuse_tools(self.name, messages, tools)
         check_messages(messages)
         with naming_the_message(self._tokenizer, messages):
             return self._encode(messages)
@@ -60,14 +63,16 @@ class PlainFormat:
     """
 
     name = "plain"
+    tool_calls_id = None
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         eos = tokenizer.eos_id
         self.stop_token_ids = frozenset[int]() if eos is None else frozenset({eos})
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Return the prompt; see :meth:`ChatFormat.encode`."""
+        refuse_tools(self.name, messages, tools)
         check_messages(messages)
         text = "\n\n".join(message.content for message in messages)
         with naming_the_message(self._tokenizer, messages):

@@ -1,10 +1,11 @@
-"""Formats of question and answer in turn: Mistral's own three, and that of AIME's article."""
+"""Formats whose marks are plain text: Mistral's first, and that of AIME's article."""
 
 from collections.abc import Sequence
 
-from mixfleet_engine.conversation import Dialogue, Message, dialogue
+from mixfleet_engine.conversation import Dialogue, Message, Tool, dialogue
 from mixfleet_engine.prompt_encoding import naming_the_message, needed_id
 from mixfleet_engine.tokenizer import Tokenizer
+from mixfleet_engine.tool_turns import refuse_tools
 
 
 class MistralV1Format:
@@ -14,74 +15,36 @@ class MistralV1Format:
     """
 
     name = "mistral-v1"
+    tool_calls_id = None
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._bos = [needed_id(self.name, "BOS", tokenizer.bos_id)]
+        self._bos_id = needed_id(self.name, "BOS", tokenizer.bos_id)
         self._eos_id = needed_id(self.name, "EOS", tokenizer.eos_id)
         self.stop_token_ids = frozenset({self._eos_id})
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Return the prompt; see :meth:`ChatFormat.encode`."""
+        refuse_tools(self.name, messages, tools)
         found = dialogue(messages)
         with naming_the_message(self._tokenizer, messages):
             return self._encode(found)
 
     def continues(self, messages: Sequence[Message]) -> bool:
         """Whether the last message is the assistant's."""
+        refuse_tools(self.name, messages, ())
         return dialogue(messages).continues
 
     def _encode(self, found: Dialogue) -> list[int]:
-        system_turn = self._system_turn(found)
-        ids = list(self._bos)
-        for index, turn in enumerate(found.turns):
+        asked = f"{found.system_prompt}\n\n" if found.system_prompt else ""
+        ids = [self._bos_id]
+        for turn in found.turns:
             if turn.role == "user":
-                asked = f"{found.system_prompt}\n\n" if index == system_turn else ""
-                ids += self._question(asked + turn.content)
+                ids += self._tokenizer.encode(f"[INST] {asked}{turn.content} [/INST]")
+                asked = ""  # it belongs to the first question alone
             else:
-                ids += [*self._answer(turn.content), self._eos_id]
+                ids += [*self._tokenizer.encode(turn.content), self._eos_id]
         return ids[:-1] if found.continues else ids
-
-    def _system_turn(self, found: Dialogue) -> int | None:
-        """Return the index of the turn that takes the system prompt."""
-        return 0 if found.system_prompt else None
-
-    def _question(self, text: str) -> list[int]:
-        return self._tokenizer.encode(f"[INST] {text} [/INST]")
-
-    def _answer(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
-
-
-class MistralV3Format(MistralV1Format):
-    """Mixtral 8x22B: ``<s>[INST] question[/INST] answer</s>[INST] ...``, the marks control tokens.
-
-    The system prompt stands before the last question. ``mistral-v2`` differs only where tools are
-    used.
-    """
-
-    name = "mistral-v3"
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__(tokenizer)
-        self._begin = needed_id(self.name, "[INST]", tokenizer.control_id("[INST]"))
-        self._end = needed_id(self.name, "[/INST]", tokenizer.control_id("[/INST]"))
-
-    def _system_turn(self, found: Dialogue) -> int | None:
-        users = [index for index, turn in enumerate(found.turns) if turn.role == "user"]
-        return users[-1] if found.system_prompt else None
-
-    def _question(self, text: str) -> list[int]:
-        return [self._begin, *self._tokenizer.encode(text), self._end]
-
-    def _answer(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text.rstrip(" "))
-
-
-class MistralV2Format(MistralV3Format):
-    """The first Mixtral 8x22B; as ``mistral-v3`` but for the tools, which are not offered."""
-
-    name = "mistral-v2"
 
 
 class AimeFormat:
@@ -93,6 +56,7 @@ class AimeFormat:
     """
 
     name = "aime"
+    tool_calls_id = None
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -100,14 +64,16 @@ class AimeFormat:
         self._eos_id = needed_id(self.name, "EOS", tokenizer.eos_id)
         self.stop_token_ids = frozenset({self._eos_id})
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Return the prompt; see :meth:`ChatFormat.encode`."""
+        refuse_tools(self.name, messages, tools)
         found = dialogue(messages)
         with naming_the_message(self._tokenizer, messages):
             return self._encode(found)
 
     def continues(self, messages: Sequence[Message]) -> bool:
         """Whether the last message is the assistant's."""
+        refuse_tools(self.name, messages, ())
         return dialogue(messages).continues
 
     def _encode(self, found: Dialogue) -> list[int]:

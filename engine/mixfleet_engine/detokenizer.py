@@ -8,6 +8,7 @@ time in proportion to its own text, however long the answer is.
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from mixfleet_engine.errors import InvalidRequestError
 from mixfleet_engine.tokenizer import Tokenizer
@@ -139,6 +140,9 @@ def _fallbacks(wanted: str) -> list[int]:
     return fallbacks
 
 
+AnswerPart = Literal["text", "tool_calls"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextPiece:
     """What one token adds to the shown answer."""
@@ -147,6 +151,8 @@ class TextPiece:
     """Whole characters; empty while a character or a possible stop string is incomplete."""
     stopped: bool
     """A stop string is complete: the answer ends here."""
+    part: AnswerPart = "text"
+    """What ``text`` belongs to."""
 
 
 class AnswerText:
@@ -154,19 +160,29 @@ class AnswerText:
 
     Args:
         tokenizer: The model's.
-        stops: The stop strings.
+        stops: The stop strings. They hold for the text of the answer, not for its tool calls.
         continues: See :class:`Detokenizer`; a chat format says it of a conversation.
+        tool_calls_id: The control token that ends the text and begins the tool calls, which is
+            itself the last token of the text. None: it is dropped as all others are.
 
     Raises:
         InvalidRequestError: A stop string is empty.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, continues: bool = False
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str] = (),
+        *,
+        continues: bool = False,
+        tool_calls_id: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, continues=continues)
         self._filter = StopStringFilter(stops)
+        self._tool_calls_id = tool_calls_id
+        self.part: AnswerPart = "text"
+        """What the next token belongs to."""
 
     @property
     def stop_string(self) -> str | None:
@@ -175,10 +191,28 @@ class AnswerText:
 
     def push(self, token_id: int) -> TextPiece:
         """Take the next token of the answer and return what it adds."""
+        if self.part == "tool_calls":
+            return TextPiece(text=self._detokenizer.push(token_id), stopped=False, part=self.part)
+        if token_id == self._tool_calls_id:
+            return self._end_text()
         text, stopped = self._filter.push(self._detokenizer.push(token_id))
         return TextPiece(text=text, stopped=stopped)
 
     def finish(self) -> str:
-        """Return the rest that was held back, "" after a stop string; call it once, at the end."""
+        """Return the rest of :attr:`part` that was held back; call it once, at the end.
+
+        It is "" after a stop string.
+        """
+        if self.part == "tool_calls":
+            return self._detokenizer.flush()
         text, stopped = self._filter.push(self._detokenizer.flush())
         return text if stopped else text + self._filter.flush()
+
+    def _end_text(self) -> TextPiece:
+        """Begin the tool calls; what was held back of the text can no longer be a stop string."""
+        text, stopped = self._filter.push(self._detokenizer.flush())
+        if not stopped:
+            text += self._filter.flush()
+            self._detokenizer = Detokenizer(self.tokenizer)
+            self.part = "tool_calls"
+        return TextPiece(text=text, stopped=stopped)

@@ -12,6 +12,7 @@ from mixfleet_engine.devices import machine_of
 from mixfleet_engine.engine import Engine
 from mixfleet_engine.errors import ConfigError
 from mixfleet_engine.fit import require_fit
+from mixfleet_engine.grammar import Grammars
 from mixfleet_engine.kv_cache import KvCache
 from mixfleet_engine.model import MixtralModel
 from mixfleet_engine.ops.cpu import bfloat16_is_fast
@@ -21,6 +22,7 @@ from mixfleet_engine.ranks import OneRank, Ranks
 from mixfleet_engine.runner import ModelRunner
 from mixfleet_engine.scheduler import Scheduler
 from mixfleet_engine.sharding import check_sharing, share_of
+from mixfleet_engine.tokenizer import Tokenizer
 from mixfleet_engine.weights import Progress, WeightLoader, open_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ def load_engine(
     config: EngineConfig,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Engine:
     """Load the checkpoint folder ``path`` and return an engine that runs it.
 
@@ -40,6 +43,7 @@ def load_engine(
         progress: Called after each tensor with bytes done and bytes in all.
         ranks: Who else holds a part of the model; None: nobody. This is the first of them, and
             each other one calls `load_runner` and then `follow`.
+        tokenizer: The model's, for requests with a grammar; None: these are refused.
 
     Raises:
         CheckpointError: A file is missing, broken or of the wrong shape.
@@ -58,6 +62,7 @@ def load_engine(
         vocab_size=model.vocab_size,
         prefix_cache=config.prefix_cache,
         itl_target_s=config.itl_target_s,
+        grammars=None if tokenizer is None else Grammars(tokenizer, model.vocab_size),
     )
     return Engine(LeadingRunner(runner, ranks) if ranks.shard.world > 1 else runner, scheduler)
 

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "error", "deadline"]
+FinishReason = Literal["stop", "length", "error", "deadline", "grammar"]
 """``error``: the model's numbers for this request were not finite, so no token can be chosen.
-``deadline``: its time was over before the answer was complete."""
+``deadline``: its time was over before the answer was complete. ``grammar``: its grammar has become
+too complex in the middle of the answer, or has led where no token can go on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,9 @@ class GenerateRequest:
     """Lower goes first; among equals the first come."""
     deadline: float | None = None
     """Seconds on the engine's clock at which the answer is of no use any more; None: never."""
+    grammar: str | None = None
+    """What the answer must be, in llguidance's dialect of Lark, see grammar.py. Stop tokens are
+    allowed exactly where it may end, and it ends where nothing may follow. None: anything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +77,8 @@ class StepOutput:
 
     request_id: str
     token_ids: tuple[int, ...]
-    """New tokens, at least one, in order; none with the finish reasons ``error`` and
-    ``deadline``."""
+    """New tokens, at least one, in order; none with the finish reasons ``error``, ``deadline`` and
+    ``grammar``, and with ``stop`` where an earlier run had found the last one."""
     finish_reason: FinishReason | None = None
     """Set on the last output of a request; the engine has forgotten the request by then."""
     logprobs: tuple[TokenLogprobs, ...] = ()

@@ -3,10 +3,10 @@
 A row's token depends on its own logits, settings, seed and tokens only. So it is the same in any
 batch, and a request that moves to another worker goes on as if it had stayed.
 
-The order, as in vLLM and Hugging Face where these agree: bias, repetition penalty, presence and
-frequency penalty, temperature, top-k, top-p over the probabilities of what top-k left (made to sum
-up to 1 again), min-p as a share of the most likely token's probability. Ties go to the lower id
-everywhere.
+The order, as in vLLM and Hugging Face where these agree: the grammar's mask, bias, repetition
+penalty, presence and frequency penalty, temperature, top-k, top-p over the probabilities of what
+top-k left (made to sum up to 1 again), min-p as a share of the most likely token's probability.
+Ties go to the lower id everywhere.
 
 Shape letters: R rows, V vocabulary.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mixfleet_engine.filters import UNSURE, draw_filtered, draw_wide, is_filtered
 from mixfleet_engine.logprobs import token_logprobs
+from mixfleet_engine.masks import masked
 from mixfleet_engine.penalties import Penalties
 from mixfleet_engine.ranking import argmax
 from mixfleet_engine.request import SamplingParams, TokenLogprobs
@@ -41,7 +42,7 @@ class Sampler:
             chunks: R chunks that sample.
         """
         params = [chunk.sampling for chunk in chunks]
-        adjusted = self._penalties.adjusted(logits, chunks)
+        adjusted = self._penalties.adjusted(masked(logits, chunks), chunks)
         rows = SamplingRows.of(adjusted, params, [chunk.position for chunk in chunks])
         token_ids = _widened(rows, _choose(rows).tolist())
         logprobs = _logprobs(logits, params, token_ids)

@@ -9,9 +9,10 @@ from collections.abc import Sequence as Row
 
 from mixfleet_engine.admission import Admission
 from mixfleet_engine.errors import ConfigError, InvalidRequestError
+from mixfleet_engine.grammar import Grammars, GrammarState
 from mixfleet_engine.kv_book import KvBook
 from mixfleet_engine.pacing import StepBudget, StepLoad, StepTimeModel
-from mixfleet_engine.request import GenerateRequest, StepOutput
+from mixfleet_engine.request import FinishReason, GenerateRequest, StepOutput
 from mixfleet_engine.request_check import check_request
 from mixfleet_engine.sequence import Sequence
 from mixfleet_engine.step import NO_TOKEN, SampledToken, StepPlan
@@ -34,6 +35,7 @@ class Scheduler:
         prefix_cache: Whether requests share the blocks of equal beginnings.
         itl_target_s: Seconds that a step with decodes should take at most; it bounds the prefill
             in it, down to one block of tokens. ``inf``: no bound.
+        grammars: Of the model's vocabulary; None: a request with a grammar is refused.
 
     Raises:
         ConfigError: A number is impossible.
@@ -50,6 +52,7 @@ class Scheduler:
         vocab_size: int,
         prefix_cache: bool = True,
         itl_target_s: float = 0.1,
+        grammars: Grammars | None = None,
     ) -> None:
         for name, value in (
             ("max_batch_size", max_batch_size),
@@ -74,6 +77,7 @@ class Scheduler:
         self._itl_target_s = itl_target_s
         self._context_length = min(context_length, num_blocks * block_size)
         self._vocab_size = vocab_size
+        self._grammars = grammars
         self._sequences: dict[str, Sequence] = {}
         self._ended: dict[str, StepOutput] = {}
         self._num_submitted = 0
@@ -137,10 +141,12 @@ class Scheduler:
     def submit(self, request: GenerateRequest) -> None:
         """Queue ``request`` behind all others of its priority.
 
-        One whose deadline is over already ends with the next step.
+        One whose deadline is over already, or whose grammar lets nothing follow the tokens so far,
+        ends with the next step.
 
         Raises:
-            InvalidRequestError: A field cannot be used, or the id is that of a live request.
+            InvalidRequestError: A field cannot be used, the grammar among them, or the id is that
+                of a live request.
             PromptTooLongError: It could never fit the context or the cache.
         """
         if request.request_id in self._sequences or request.request_id in self._ended:
@@ -148,7 +154,11 @@ class Scheduler:
                 f"request_id={request.request_id!r}: is in the engine already"
             )
         check_request(request, vocab_size=self._vocab_size, context_length=self._context_length)
-        sequence = Sequence(request, self._num_submitted)
+        grammar = self._grammar(request)
+        if grammar is not None and (grammar.is_complete or grammar.dead_end is not None):
+            self._end(request.request_id, "stop")
+            return
+        sequence = Sequence(request, self._num_submitted, grammar)
         self._num_submitted += 1
         self._sequences[request.request_id] = sequence
         self._admission.add(sequence)
@@ -242,19 +252,33 @@ class Scheduler:
     def _end_overdue(self, now: float) -> None:
         for sequence in [s for s in self._sequences.values() if s.is_overdue(now)]:
             self._forget(sequence)
-            request_id = sequence.request.request_id
-            self._ended[request_id] = StepOutput(
-                request_id=request_id, token_ids=(), finish_reason="deadline"
+            self._end(sequence.request.request_id, "deadline")
+
+    def _end(self, request_id: str, reason: FinishReason) -> None:
+        """Have the next commit say that the request has ended without another token."""
+        self._ended[request_id] = StepOutput(
+            request_id=request_id, token_ids=(), finish_reason=reason
+        )
+
+    def _grammar(self, request: GenerateRequest) -> GrammarState | None:
+        if request.grammar is None:
+            return None
+        if self._grammars is None:
+            raise InvalidRequestError(
+                "grammar: this engine was loaded without a tokenizer, so it can follow none"
             )
+        return self._grammars.start(request)
 
     def _book_chunk(
         self, sequence: Sequence, num_tokens: int, token: SampledToken | None
     ) -> StepOutput | None:
         request_id = sequence.request.request_id
         if token is not None and token.token_id == NO_TOKEN:
-            self._book.condemn(sequence)
+            reason = sequence.grammar.dead_end if sequence.grammar is not None else None
+            if reason is None:
+                self._book.condemn(sequence)
             self._forget(sequence)
-            return StepOutput(request_id=request_id, token_ids=(), finish_reason="error")
+            return StepOutput(request_id=request_id, token_ids=(), finish_reason=reason or "error")
         self._book.book(sequence, num_tokens, sampled=token is not None)
         if token is None:
             return None

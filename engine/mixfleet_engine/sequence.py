@@ -1,5 +1,6 @@
 """A request inside the engine: its tokens so far and what of them the KV cache holds."""
 
+from mixfleet_engine.grammar import GrammarState
 from mixfleet_engine.history import TokenHistory
 from mixfleet_engine.request import FinishReason, GenerateRequest
 from mixfleet_engine.step import PlannedChunk
@@ -17,10 +18,12 @@ class Sequence:
     Args:
         request: What it answers.
         arrival: Number of the request in order of arrival.
+        grammar: What its answer must follow, after the tokens so far; None: nothing.
     """
 
     __slots__ = (
         "block_table",
+        "grammar",
         "history",
         "num_cached",
         "num_known",
@@ -31,8 +34,11 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: GenerateRequest, arrival: int = 0) -> None:
+    def __init__(
+        self, request: GenerateRequest, arrival: int = 0, grammar: GrammarState | None = None
+    ) -> None:
         self.request = request
+        self.grammar = grammar
         self.order = request.priority, arrival
         """The least goes first."""
         self.history = TokenHistory(request.prompt_token_ids, request.output_token_ids)
@@ -80,6 +86,7 @@ class Sequence:
             sampling=self.request.sampling,
             history=self.history,
             position=self.num_output,
+            grammar=self.grammar,
         )
 
     def append(self, token_id: int) -> FinishReason | None:
@@ -88,6 +95,10 @@ class Sequence:
         # A stop token on the last allowed place is a full answer, not one that was cut.
         if token_id in self.request.stop_token_ids:
             return "stop"
+        if self.grammar is not None:
+            self.grammar.advance(token_id)
+            if self.grammar.is_complete:
+                return "stop"
         return "length" if self.num_output == self.request.max_tokens else None
 
     def drop_cache(self) -> list[int]:

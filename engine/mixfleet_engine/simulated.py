@@ -16,10 +16,14 @@ from dataclasses import dataclass, field
 
 from mixfleet_engine.engine import Engine
 from mixfleet_engine.errors import ConfigError, InvalidRequestError
+from mixfleet_engine.grammar import Grammars, GrammarState
 from mixfleet_engine.request import GenerateRequest, StepOutput
 from mixfleet_engine.scheduler import Scheduler
 from mixfleet_engine.simulated_logprobs import simulated_logprobs
-from mixfleet_engine.step import SampledToken, StepPlan
+from mixfleet_engine.step import NO_TOKEN, SampledToken, StepPlan
+from mixfleet_engine.tokenizer import Tokenizer
+
+_CLOSING = (b'"', b"]", b"}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,21 +37,45 @@ class _Script:
     stops_at: int | None
     """Position of the stop token; None when only ``max_tokens`` ends the answer."""
 
-    def token(self, position: int) -> int:
-        """The answer's token number ``position``, counted from 0."""
+    endings: frozenset[int] = frozenset()
+    """Tokens that bring an answer with a grammar nearer to its end."""
+
+    def token(self, position: int, grammar: GrammarState | None = None) -> int:
+        """The answer's token number ``position``, counted from 0; ``NO_TOKEN``: none may follow."""
+        if grammar is not None:
+            return self._allowed_token(position, grammar)
         if self.stops_at is not None and position >= self.stops_at:
             return min(self.stop_token_ids)
-        digest = hashlib.blake2b(position.to_bytes(8, "little"), key=self.key, digest_size=8)
-        index = int.from_bytes(digest.digest(), "little")
+        index = self._number(position)
         # At least one is no stop token, which was checked when the request came.
         while (token_id := self.token_ids[index % len(self.token_ids)]) in self.stop_token_ids:
             index += 1
         return token_id
 
-    def sampled(self, position: int, num_top: int | None) -> SampledToken:
+    def _allowed_token(self, position: int, grammar: GrammarState) -> int:
+        mask = grammar.allowed(position)
+        if grammar.may_end and self.stop_token_ids:
+            return min(self.stop_token_ids)
+        allowed = [
+            8 * i + bit for i, byte in enumerate(mask) for bit in range(8) if byte >> bit & 1
+        ]
+        number = self._number(position)
+        # Every other token, if it may be one: else strings and lists would hardly ever end.
+        ends = [token_id for token_id in allowed if token_id in self.endings] * (number % 2)
+        words = [token_id for token_id in allowed if token_id in self.token_ids]
+        chosen = ends or words or allowed
+        return chosen[number // 2 % len(chosen)] if chosen else NO_TOKEN
+
+    def _number(self, position: int) -> int:
+        digest = hashlib.blake2b(position.to_bytes(8, "little"), key=self.key, digest_size=8)
+        return int.from_bytes(digest.digest(), "little")
+
+    def sampled(
+        self, position: int, num_top: int | None, grammar: GrammarState | None = None
+    ) -> SampledToken:
         """The same as a runner returns it, with log-probabilities if they are asked for."""
-        token_id = self.token(position)
-        if num_top is None:
+        token_id = self.token(position, grammar)
+        if num_top is None or token_id == NO_TOKEN:
             return SampledToken(token_id)
         found = simulated_logprobs(self.key, position, token_id, self.token_ids, num_top)
         return SampledToken(token_id, found)
@@ -68,7 +96,9 @@ class _ScriptReader:
     def run(self, plan: StepPlan) -> list[SampledToken]:
         # First the tokens: a request may be aborted while this sleeps.
         sampled = [
-            self.scripts[chunk.request_id].sampled(chunk.position, chunk.sampling.logprobs)
+            self.scripts[chunk.request_id].sampled(
+                chunk.position, chunk.sampling.logprobs, chunk.grammar
+            )
             for chunk in plan.chunks
             if chunk.samples
         ]
@@ -98,6 +128,8 @@ class SimulatedEngine(Engine):
         itl_target_s: Seconds that a step with decodes should take at most; it bounds the prefill
             in it.
         clock: Seconds; deadlines are on this clock.
+        tokenizer: Of ``token_ids``, for requests with a grammar; None: these are refused. Their
+            answers are random, but follow it.
 
     Raises:
         ConfigError: A number is impossible.
@@ -120,9 +152,13 @@ class SimulatedEngine(Engine):
         prefix_cache: bool = True,
         itl_target_s: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         _check(token_ids, answer_lengths, step_s=step_s, token_s=token_s, block_size=block_size)
         full = max_batch_size * -(-context_length // block_size)
+        if vocab_size is None:
+            vocab_size = max(token_ids) + 1
+        self._endings = _endings(tokenizer, vocab_size)
         scheduler = Scheduler(
             num_blocks=full if num_blocks is None else num_blocks,
             block_size=block_size,
@@ -131,9 +167,10 @@ class SimulatedEngine(Engine):
             if max_step_tokens is None
             else max_step_tokens,
             context_length=context_length,
-            vocab_size=max(token_ids) + 1 if vocab_size is None else vocab_size,
+            vocab_size=vocab_size,
             prefix_cache=prefix_cache,
             itl_target_s=itl_target_s,
+            grammars=None if tokenizer is None else Grammars(tokenizer, vocab_size),
         )
         self._reader = _ScriptReader(scheduler.num_blocks, block_size, step_s, token_s, sleep)
         self._token_ids = token_ids
@@ -167,7 +204,7 @@ class SimulatedEngine(Engine):
         return outputs
 
     def answer(self, request: GenerateRequest) -> tuple[int, ...]:
-        """The whole answer that any such engine gives to ``request``, at once.
+        """The whole answer that any such engine gives to a ``request`` without a grammar.
 
         Raises:
             InvalidRequestError: All tokens of the engine are stop tokens of the request.
@@ -197,7 +234,15 @@ class SimulatedEngine(Engine):
             token_ids=self._token_ids,
             stop_token_ids=stop_token_ids,
             stops_at=stops_at,
+            endings=self._endings,
         )
+
+
+def _endings(tokenizer: Tokenizer | None, vocab_size: int) -> frozenset[int]:
+    """Return the tokens that close a string, a list or an object."""
+    if tokenizer is None:
+        return frozenset()
+    return frozenset(i for i in range(vocab_size) if tokenizer.token_bytes(i) in _CLOSING)
 
 
 def _check(

@@ -8,6 +8,7 @@ it into them.
 from dataclasses import dataclass
 from typing import Final
 
+from mixfleet_engine.grammar import GrammarState
 from mixfleet_engine.history import TokenHistory
 from mixfleet_engine.request import SamplingParams, TokenLogprobs
 
@@ -52,6 +53,8 @@ class PlannedChunk:
     position: int
     """Number of answer tokens before the sampled one, 0 for the first. It goes with the seed, and
     means nothing where the chunk does not sample."""
+    grammar: GrammarState | None = None
+    """Which tokens may be sampled; None: any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ The processes are torchrun's. What they run is in `support.rank_scenario` and `s
 
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import accumulate
@@ -19,7 +20,14 @@ from mixfleet_engine.loading import load_engine
 from mixfleet_engine.ops.native.library import load_native
 from support import rank_scenario
 from support.rank_probe import LENGTHS, NUM_ROWS, VOCAB, numbers
-from support.rank_scenario import MODEL, NUM_TOKENS, config_of, requests, run_scenario
+from support.rank_scenario import (
+    MODEL,
+    NUM_TOKENS,
+    TOKENIZER,
+    config_of,
+    requests,
+    run_scenario,
+)
 from support.tiny_model import write_hf_checkpoint, write_mistral_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -49,12 +57,16 @@ def test_tokens_are_those_of_one_process(world: int, layout: str, tmp_path: Path
     checkpoint = write(tmp_path / "tiny", MODEL)
     torchrun(world, "support.rank_scenario", checkpoint, tmp_path / "found", "float32", "cpu")
     shared = json.loads((tmp_path / "found").read_text())
-    alone = load_engine(checkpoint, config_of("float32", "cpu"))
+    alone = load_engine(checkpoint, config_of("float32", "cpu"), tokenizer=TOKENIZER)
     expected = json.loads(json.dumps(run_scenario(alone)))
     assert alone.num_preemptions > 0
     assert shared["preemptions"] > 0
     assert shared["answers"] == shared["alone"] == expected
     assert sum(len(tokens) for tokens, _ in expected.values()) == NUM_TOKENS * len(requests())
+    patterns = {"1": r"[a-c ]+", "2": r"([0-9]{3}, )+([0-9]{0,3},?)", "5": r"[^\x00-\x7f]+"}
+    for name, pattern in patterns.items():
+        text = bytes(expected[name][0]).decode(errors="ignore")
+        assert re.fullmatch(pattern, text), text
 
 
 def test_in_bf16_two_ranks_give_a_request_the_same_tokens_in_any_batch(tmp_path: Path) -> None:

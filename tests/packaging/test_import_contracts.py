@@ -31,6 +31,7 @@ BREAKS = {
     "one-room-msgpack": ("mixfleet_broker.keys", "import msgpack"),
     "one-room-sentencepiece": ("mixfleet_engine.scheduler", "import sentencepiece"),
     "one-room-safetensors": ("mixfleet_engine.model", "import safetensors"),
+    "one-room-llguidance": ("mixfleet_worker.output_grammar", "import llguidance"),
 }
 
 

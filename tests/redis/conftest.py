@@ -1,5 +1,6 @@
 """All tests in this folder need a real server."""
 
+from support.lua_clock import lua_clock as lua_clock
 from support.redis_server import no_redis as no_redis
 from support.redis_server import redis as redis
 from support.redis_server import redis_server as redis_server

@@ -1,7 +1,9 @@
 """The rules of least privilege: enough for each kind of process, and no more."""
 
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,31 @@ from redis import Redis
 from redis.exceptions import NoPermissionError, ResponseError
 
 from mixfleet_broker.acl import PASSWORD, ROLES, acl_file, acl_lines
+from mixfleet_broker.api_keys import ApiKeys, any_keys
 from mixfleet_broker.attendance import attend
 from mixfleet_broker.channel import FIRST, delivered_tokens, read_events
 from mixfleet_broker.connection import connect
-from mixfleet_broker.errors import BrokerError
+from mixfleet_broker.errors import BrokerError, RateLimitedError
 from mixfleet_broker.flush import Flush
-from mixfleet_broker.keys import CHANNEL, JOB, LEASES, QUEUE, READY, RQ_WORKER, WORKER
+from mixfleet_broker.inquiries import InquiryBox, ask
+from mixfleet_broker.inquiry_codec import InquiryAnswer, TokenizeText, encode_answer
+from mixfleet_broker.key_records import KeyTerms, Limits
+from mixfleet_broker.keys import (
+    API_CHARGE,
+    API_JOBS,
+    API_KEY,
+    API_SECRET,
+    API_USE,
+    CHANNEL,
+    INQUIRIES,
+    JOB,
+    LEASES,
+    QUEUE,
+    READY,
+    RQ_WORKER,
+    WORKER,
+)
+from mixfleet_broker.limits import KeyLimits
 from mixfleet_broker.orders import give_order, withdraw_order
 from mixfleet_broker.overview import model_statuses
 from mixfleet_broker.queue import CancelOutcome, JobQueue
@@ -27,6 +48,9 @@ from support.worker_process import until
 
 PREFIX = "{team}:"
 SECRET = "a secret"
+EVERY_LIMIT = Limits(
+    requests_per_min=10, tokens_per_min=100, tokens_per_day=100, max_parallel_jobs=1
+)
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +210,9 @@ def test_a_client_can_neither_claim_nor_list_nor_destroy(
         lambda: user.hset(WORKER("w1"), "state", "idle"),
         lambda: user.hset(RQ_WORKER("w1"), "state", "idle"),
         lambda: give_order(user, "w1", "drain"),
+        lambda: InquiryBox(user, MODEL).wait(0.1),
+        lambda: user.lrange(INQUIRIES(MODEL), 0, -1),
+        lambda: user.delete(INQUIRIES(MODEL)),
         lambda: user.publish("x", "y"),
     ):
         assert refused(call)
@@ -266,6 +293,111 @@ def test_a_gateway_gives_orders_and_takes_them_back(
     assert registration.beat(state="idle", in_flight=0) == "pause"
     withdraw_order(user, "w1")
     assert registration.beat(state="paused", in_flight=0) is None
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+def test_a_gateway_knows_and_charges_keys_and_makes_none(
+    admin: Redis, connected: Callable[[str], Redis], prefix: str
+) -> None:
+    user = connected("team-gateway" if prefix else "mixfleet-gateway")
+    own, keys = ApiKeys(admin, prefix=prefix), ApiKeys(user, prefix=prefix)
+    limits = KeyLimits(user, prefix=prefix)
+    assert not any_keys(user, prefix=prefix)
+    record, secret = own.create(KeyTerms(name="x", limits=EVERY_LIMIT))
+    assert any_keys(user, prefix=prefix)
+    assert keys.find(secret) == record
+    admission = limits.admit(record, ["a"], 10)
+    with pytest.raises(RateLimitedError, match="unfinished jobs"):
+        limits.admit(record, ["b"], 10)
+    assert limits.refund(record, admission) == 1
+    limits.admit(record, ["c"], 10)
+    assert limits.settle(record, {"c": 5}) == 1
+    for call in (
+        lambda: keys.create(KeyTerms(name="y")),
+        lambda: keys.rotate(record.key_id),
+        lambda: keys.revoke(record.key_id),
+        lambda: keys.change(record, replace(record, name="z")),
+        lambda: user.hset(API_KEY(record.key_id, prefix=prefix), "scopes", "admin"),
+        lambda: user.set(API_SECRET("0" * 64, prefix=prefix), record.key_id),
+        lambda: keys.all(),
+    ):
+        assert refused(call)
+    assert own.all() == [record]
+
+
+@pytest.mark.parametrize("name", ["client", "worker"])
+def test_clients_and_workers_see_nothing_of_keys(
+    admin: Redis, connected: Callable[[str], Redis], name: str
+) -> None:
+    user = connected(f"mixfleet-{name}")
+    own, keys, limits = ApiKeys(admin), ApiKeys(user), KeyLimits(user)
+    record, secret = own.create(KeyTerms(name="x", limits=EVERY_LIMIT))
+    KeyLimits(admin).admit(record, ["a"], 10)
+    before = admin.dbsize()
+    for call in (
+        lambda: keys.find(secret),
+        lambda: keys.all(),
+        lambda: any_keys(user),
+        lambda: keys.create(KeyTerms(name="y")),
+        lambda: keys.revoke(record.key_id),
+        lambda: limits.states(record),
+        lambda: limits.settle(record, {"a": 0}),
+        lambda: user.get(API_CHARGE("a")),
+        lambda: user.delete(API_USE(record.key_id)),
+        lambda: user.zrange(API_JOBS(record.key_id), 0, -1),
+    ):
+        assert refused(call)
+    assert admin.dbsize() == before
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+def test_who_keeps_the_keys_needs_no_other_right(
+    admin: Redis, connected: Callable[[str], Redis], prefix: str
+) -> None:
+    user = connected("team-keys" if prefix else "mixfleet-keys")
+    keys = ApiKeys(user, prefix=prefix)
+    record, _ = keys.create(KeyTerms(name="x", limits=EVERY_LIMIT), life_s=60.0)
+    secret = keys.rotate(record.key_id, 60.0)
+    assert ApiKeys(admin, prefix=prefix).find(secret)
+    changed = keys.change(record, replace(record, name="y"), for_ever=True)
+    KeyLimits(admin, prefix=prefix).admit(record, ["a"], 10)
+    used = KeyLimits(user, prefix=prefix).states(record)
+    assert [state.remaining for state in used] == [9, 90, 90, 0]
+    assert keys.all()[0].name == changed.name == "y"
+    JobQueue(admin, MODEL, prefix=prefix).submit(chat_job(job_id="a"))
+    for call in (
+        lambda: KeyLimits(user, prefix=prefix).admit(record, ["b"], 1),
+        lambda: user.hgetall(JOB("a", prefix=prefix)),
+        lambda: JobQueue(user, MODEL, prefix=prefix).cancel("a"),
+        lambda: user.keys("*"),
+    ):
+        assert refused(call)
+    keys.revoke(record.key_id)
+    keys.revoke(record.key_id, forget=True)
+    assert keys.all() == []
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+@pytest.mark.parametrize("asker", ["client", "gateway"])
+def test_clients_and_gateways_ask_and_workers_answer(
+    admin: Redis, connected: Callable[[str], Redis], prefix: str, asker: str
+) -> None:
+    team = "team" if prefix else "mixfleet"
+    a_registration(admin, prefix).beat(state="busy", in_flight=1)
+    box = InquiryBox(connected(f"{team}-worker"), MODEL, prefix=prefix)
+    answer = InquiryAnswer(num_tokens=1, context_length=64, max_answer_tokens=63)
+
+    def work() -> None:
+        inquiry = box.wait(10.0)
+        if inquiry is not None:
+            box.give(inquiry.inquiry_id, encode_answer(answer))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    user = connected(f"{team}-{asker}")
+    assert ask(user, MODEL, TokenizeText(text="x"), prefix=prefix) == answer
+    thread.join()
+    assert refused(lambda: InquiryBox(user, MODEL, prefix=prefix).wait(0.1))
 
 
 def test_every_role_has_a_user() -> None:

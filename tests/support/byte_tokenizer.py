@@ -3,25 +3,39 @@
 from mixfleet_engine.tokenizer import check_text
 
 CONTROL_NAMES = ("<s>", "</s>", "[INST]", "[/INST]", "<|im_start|>", "<|im_end|>")
+TOOL_NAMES = (
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_CALLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+)
 FIRST_CONTROL_ID = 256
 
 
 class ByteTokenizer:
     """Implements `mixfleet_engine.tokenizer.Tokenizer`; ids 0..255 are the bytes themselves.
 
-    ``chat_template`` and ``adds_leading_space`` are whatever a test wants them to be.
+    ``chat_template`` and ``adds_leading_space`` are whatever a test wants them to be, and so is
+    whether it has Mistral's control tokens for tools.
     """
 
     def __init__(
-        self, *, chat_template: str | None = None, adds_leading_space: bool = False
+        self,
+        *,
+        chat_template: str | None = None,
+        adds_leading_space: bool = False,
+        adds_tool_tokens: bool = False,
     ) -> None:
-        self._ids = {name: FIRST_CONTROL_ID + i for i, name in enumerate(CONTROL_NAMES)}
+        added = TOOL_NAMES if adds_tool_tokens else ()
+        self._names: tuple[str, ...] = (*CONTROL_NAMES, *added)
+        self._ids = {name: FIRST_CONTROL_ID + i for i, name in enumerate(self._names)}
         self._chat_template = chat_template
         self._adds_leading_space = adds_leading_space
 
     @property
     def vocab_size(self) -> int:
-        return FIRST_CONTROL_ID + len(CONTROL_NAMES)
+        return FIRST_CONTROL_ID + len(self._names)
 
     @property
     def bos_id(self) -> int | None:
@@ -57,7 +71,7 @@ class ByteTokenizer:
     def id_to_piece(self, token_id: int) -> str:
         if token_id < FIRST_CONTROL_ID:
             return f"<0x{token_id:02X}>"
-        return CONTROL_NAMES[token_id - FIRST_CONTROL_ID]
+        return self._names[token_id - FIRST_CONTROL_ID]
 
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < FIRST_CONTROL_ID else b""

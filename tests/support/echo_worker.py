@@ -57,7 +57,7 @@ class EchoWorker:
             worker_id=worker_id,
             model=model,
             max_batch_size=1,
-            context_length=100,
+            context_length=8192,
             started_at=time.time(),
         )
         self._worker_id = worker_id

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mixfleet_broker.errors import BrokerUnavailableError, UnknownJobError
+from mixfleet_broker.inquiry_codec import Inquiry, InquiryAnswer
 from mixfleet_broker.messages import (
     TERMINAL_STATES,
     ChatJob,
@@ -60,6 +61,8 @@ class FakeTransport:
         self.interrupt_after: int | None = None
         """Raise KeyboardInterrupt when this many events were read."""
         self.closed = False
+        self.inquiries: list[tuple[str, Inquiry, float]] = []
+        self.inquiry_answer = InquiryAnswer(num_tokens=0, context_length=0, max_answer_tokens=0)
         self.read_calls = 0
 
     def submit(self, job: ChatJob, terms: JobTerms) -> int:
@@ -136,6 +139,11 @@ class FakeTransport:
     def num_workers(self, model: str) -> int:
         self._check()
         return self.workers if model in (self.live or self.served) else 0
+
+    def ask(self, model: str, inquiry: Inquiry, timeout_s: float) -> InquiryAnswer:
+        self._check()
+        self.inquiries.append((model, inquiry, timeout_s))
+        return self.inquiry_answer
 
     def close(self) -> None:
         self.closed = True

@@ -51,6 +51,9 @@ FOR_EVER: Final = (
     keys.RQ_QUEUE_WORKERS,
     keys.WORKERS,
     keys.MODELS,
+    keys.API_KEYS,
+    keys.API_KEY,
+    keys.API_SECRET,
 )
 """Keys without a time to live at rest: their members have one, or an operator says when they go."""
 REGISTRIES: Final = {"finished": keys.FINISHED, "failed": keys.FAILED, "canceled": keys.CANCELED}

@@ -18,6 +18,7 @@ from mixfleet_engine.engine import Engine
 from mixfleet_engine.loading import load_engine, load_runner
 from mixfleet_engine.rank_runner import follow
 from mixfleet_engine.request import GenerateRequest, SamplingParams
+from support.byte_tokenizer import ByteTokenizer
 from support.engine_requests import Answers, make_request, run_to_end, step_into
 from support.tiny_model import tiny_config
 
@@ -34,6 +35,9 @@ CONFIG = EngineConfig(
 )
 NUM_TOKENS = 40
 """Of each answer; they make the prompts outgrow the cache together."""
+GRAMMARS = {1: "start: /[a-c ]+/", 2: "start: /([0-9]{3}, )+/", 5: "start: /[^\\x00-\\x7f]+/"}
+"""Of some requests, by their numbers; all go on for ever."""
+TOKENIZER = ByteTokenizer()
 JOIN_AT = {0: 3, 4: 2, 9: 1}
 """Step -> how many requests join before it."""
 
@@ -49,6 +53,7 @@ def requests() -> list[GenerateRequest]:
             prompt=torch.randint(MODEL.vocab_size, (length,), generator=generator).tolist(),
             max_tokens=NUM_TOKENS,
             sampling=warm if number % 2 else SamplingParams(logprobs=0),
+            grammar=GRAMMARS.get(number),
         )
         for number, length in enumerate(lengths)
     ]
@@ -86,7 +91,7 @@ def main(checkpoint: Path, answers_file: Path, config: EngineConfig) -> None:
         if rendezvous.shard.rank > 0:
             follow(load_runner(checkpoint, config, None, ranks), ranks)
             return
-        engine = load_engine(checkpoint, config, None, ranks)
+        engine = load_engine(checkpoint, config, None, ranks, TOKENIZER)
         found: dict[str, object] = {"answers": run_scenario(engine)}
         found["preemptions"] = engine.num_preemptions
         found["alone"] = {

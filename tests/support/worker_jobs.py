@@ -8,6 +8,7 @@ from mixfleet_broker.job_codec import (
 from mixfleet_broker.messages import (
     ChatJob,
     ChatMessage,
+    OutputFormat,
     Role,
     SamplingSettings,
 )
@@ -30,6 +31,7 @@ def a_payload(
     role: Role = "user",
     prompt: str | None = None,
     prompt_token_ids: tuple[int, ...] = (),
+    output_format: OutputFormat | None = None,
     **sampling: Any,
 ) -> bytes:
     """Return the bytes of a chat of one question, or of a plain prompt; greedy by default."""
@@ -41,6 +43,7 @@ def a_payload(
             messages=(ChatMessage(role=role, content=question),) if is_chat else (),
             prompt=prompt,
             prompt_token_ids=prompt_token_ids,
+            output_format=output_format,
             sampling=SamplingSettings(**{"temperature": 0.0, **sampling}),
         )
     )

@@ -25,7 +25,7 @@ class HeldJob:
 
     Writes go out one at a time, so that a refused one can never leave a gap before a later one
     that was accepted. What comes meanwhile is merged where it can be: a slow Redis gets fewer and
-    larger chunks instead of a growing pile.
+    larger chunks instead of a growing pile. Text and tool calls stay apart.
     """
 
     lease: Lease
@@ -106,5 +106,6 @@ def _joined(first: TokenChunk, second: TokenChunk | None) -> TokenChunk:
         num_tokens=second.num_tokens,
         text=first.text + second.text,
         token_ids=first.token_ids + second.token_ids,
+        part=first.part,
         logprobs=first.logprobs + second.logprobs,
     )

@@ -20,13 +20,15 @@ from mixfleet_broker.messages import (
     TokenChunk,
 )
 from mixfleet_broker.queue import Lease
-from mixfleet_engine.chat_format import ChatFormat, Message, encode_prompt
+from mixfleet_engine.chat_format import ChatFormat, encode_prompt
 from mixfleet_engine.detokenizer import AnswerText
 from mixfleet_engine.errors import PromptTooLongError
 from mixfleet_engine.generation import SamplingDefaults
 from mixfleet_engine.request import GenerateRequest, SamplingParams
 from mixfleet_engine.tokenizer import Tokenizer
 from mixfleet_worker.handoff import TakenJob
+from mixfleet_worker.output_grammar import output_grammar
+from mixfleet_worker.tool_messages import engine_messages, offered_tools
 
 SEED_BITS = 63
 
@@ -67,6 +69,8 @@ class _Prompt:
     stop_token_ids: frozenset[int]
     continues: bool
     """The answer goes on in the middle of a text, so that its first space counts."""
+    tool_calls_id: int | None = None
+    """The token that begins the tool calls; None if it may not make any."""
 
 
 class Intake:
@@ -107,7 +111,12 @@ class Intake:
         job = self._checked(decode_job(taken.claimed.payload), lease)
         prompt = self._prompt(job)
         max_tokens = self._max_tokens(job.sampling, len(prompt.token_ids))
-        text = AnswerText(self._tokenizer, job.sampling.stop, continues=prompt.continues)
+        text = AnswerText(
+            self._tokenizer,
+            job.sampling.stop,
+            continues=prompt.continues,
+            tool_calls_id=prompt.tool_calls_id,
+        )
         finish_reason = self._replay(taken, text, max_tokens, prompt.stop_token_ids)
         if finish_reason is not None:
             return _complete(taken, finish_reason, len(prompt.token_ids), text)
@@ -119,6 +128,7 @@ class Intake:
             stop_token_ids=prompt.stop_token_ids,
             sampling=self._sampling_params(job),
             deadline=_deadline(taken),
+            grammar=output_grammar(job, self._tokenizer),
         )
         return AdmittedJob(lease=lease, request=request, text=text, claimed_at=taken.claimed_at)
 
@@ -148,11 +158,12 @@ class Intake:
         )
 
     def _chat_prompt(self, job: ChatJob) -> _Prompt:
-        messages = [Message(role=m.role, content=m.content) for m in job.messages]
+        messages, tools = engine_messages(job), offered_tools(job)
         return _Prompt(
-            token_ids=tuple(self._chat_format.encode(messages)),
+            token_ids=tuple(self._chat_format.encode(messages, tools)),
             stop_token_ids=self._chat_format.stop_token_ids,
             continues=self._chat_format.continues(messages),
+            tool_calls_id=self._chat_format.tool_calls_id if tools else None,
         )
 
     def _max_tokens(self, sampling: SamplingSettings, num_prompt_tokens: int) -> int:
@@ -230,7 +241,11 @@ def _complete(
     chunk = None
     if rest:
         chunk = TokenChunk(
-            num_tokens=num_tokens, text=rest, token_ids=(), num_prompt_tokens=num_prompt_tokens
+            num_tokens=num_tokens,
+            text=rest,
+            token_ids=(),
+            part=text.part,
+            num_prompt_tokens=num_prompt_tokens,
         )
     return CompleteJob(
         lease=taken.claimed.lease,

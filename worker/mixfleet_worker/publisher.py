@@ -5,17 +5,22 @@ thread, and the ids of requests that the engine should forget.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Literal
 
-from mixfleet_broker.errors import DeadlineExceededError, EngineFailedError
+from mixfleet_broker.errors import (
+    DeadlineExceededError,
+    EngineFailedError,
+    InvalidRequestError,
+)
 from mixfleet_broker.messages import (
     JobEnd,
     TokenChunk,
     Usage,
 )
 from mixfleet_broker.queue import Lease
-from mixfleet_engine.detokenizer import AnswerText
+from mixfleet_engine.detokenizer import AnswerText, TextPiece
 from mixfleet_engine.request import StepOutput
 from mixfleet_worker.handoff import ChunkWrite, EndWrite, JobTimes, TakenJob, Write
 from mixfleet_worker.intake import AdmittedJob, CompleteJob
@@ -98,9 +103,9 @@ class Publisher:
         writes: list[Write] = []
         stopped: list[str] = []
         for output in outputs:
-            write, by_stop_string = self._advance(output, now)
-            writes.append(write)
-            if isinstance(write, EndWrite):
+            new, by_stop_string = self._advance(output, now)
+            writes += new
+            if new and isinstance(new[-1], EndWrite):
                 del self._answers[output.request_id]
             if by_stop_string and output.finish_reason is None:
                 stopped.append(output.request_id)
@@ -119,58 +124,99 @@ class Publisher:
         self._answers.clear()
         return ends
 
-    def _advance(self, output: StepOutput, now: float) -> tuple[Write, bool]:
-        """Return the write of one output, and whether a stop string ended the answer."""
+    def _advance(self, output: StepOutput, now: float) -> tuple[list[Write], bool]:
+        """Return the writes of one output, and whether a stop string ended the answer."""
         answer = self._answers[output.request_id]
         if output.token_ids and answer.first_token_at is None:
             answer.first_token_at = now
-        pieces: list[str] = []
-        by_stop_string = False
-        num_used = 0
+        pieces: list[TextPiece] = []
         for token_id in output.token_ids:
-            piece = answer.text.push(token_id)
-            pieces.append(piece.text)
-            num_used += 1
-            if piece.stopped:
-                by_stop_string = True
+            pieces.append(answer.text.push(token_id))
+            if pieces[-1].stopped:
                 break
-        answer.num_tokens += num_used
-        if output.finish_reason == "error" or output.finish_reason == "deadline":
-            return _failed(answer, output.finish_reason, now), False
+        by_stop_string = bool(pieces) and pieces[-1].stopped
+        num_before = answer.num_tokens
+        answer.num_tokens += len(pieces)
         reason = "stop" if by_stop_string else output.finish_reason
-        if reason is not None:
-            pieces.append(answer.text.finish())
-        chunk = _chunk(answer, "".join(pieces), output, num_used)
+        if reason == "error" or reason == "deadline" or reason == "grammar":
+            return [_failed(answer, reason, now)], False
+        chunks, lease = _chunks(answer, num_before, output, pieces), answer.lease
         if reason is None:
-            return ChunkWrite(lease=answer.lease, chunk=chunk), False
+            return [ChunkWrite(lease=lease, chunk=chunk) for chunk in chunks], False
+        chunks = _with_rest(chunks, answer)
         end = JobEnd(
             state="finished",
             finish_reason=reason,
             usage=answer.usage(),
             stop_string=answer.text.stop_string if by_stop_string else None,
         )
-        write = EndWrite(lease=answer.lease, end=end, chunk=chunk, times=answer.times(now))
-        return write, by_stop_string
+        # Nothing is new where the last run had delivered all and died before it said so.
+        last = chunks.pop() if chunks else None
+        write = EndWrite(lease=lease, end=end, chunk=last, times=answer.times(now))
+        return [*(ChunkWrite(lease=lease, chunk=chunk) for chunk in chunks), write], by_stop_string
 
 
-def _chunk(answer: _Answer, text: str, output: StepOutput, num_used: int) -> TokenChunk:
-    """Return the chunk of the first ``num_used`` tokens of an output."""
-    token_ids = output.token_ids[:num_used]
-    is_first, answer.has_begun = not answer.has_begun, True
-    return TokenChunk(
-        num_tokens=answer.num_tokens,
-        text=text,
-        token_ids=token_ids,
-        logprobs=wire_logprobs(answer.text.tokenizer, token_ids, output.logprobs),
-        num_prompt_tokens=answer.num_prompt_tokens if is_first else None,
-    )
+def _chunks(
+    answer: _Answer, num_before: int, output: StepOutput, pieces: Sequence[TextPiece]
+) -> list[TokenChunk]:
+    """Return the chunks of one output, one of each part of the answer that it has tokens of.
+
+    Args:
+        answer: Whose they are.
+        num_before: Tokens of the answer before these.
+        output: At least one token for each piece.
+        pieces: What each token added.
+    """
+    chunks: list[TokenChunk] = []
+    num_used = 0
+    for part, group in groupby(pieces, key=lambda piece: piece.part):
+        texts = [piece.text for piece in group]
+        end = num_used + len(texts)
+        token_ids = output.token_ids[num_used:end]
+        is_first, answer.has_begun = not answer.has_begun, True
+        chunks.append(
+            TokenChunk(
+                num_tokens=num_before + end,
+                text="".join(texts),
+                token_ids=token_ids,
+                part=part,
+                logprobs=wire_logprobs(
+                    answer.text.tokenizer, token_ids, output.logprobs[num_used:end]
+                ),
+                num_prompt_tokens=answer.num_prompt_tokens if is_first else None,
+            )
+        )
+        num_used = end
+    return chunks
 
 
-def _failed(answer: _Answer, reason: Literal["error", "deadline"], now: float) -> EndWrite:
+def _with_rest(chunks: list[TokenChunk], answer: _Answer) -> list[TokenChunk]:
+    """Return the last chunks of an answer, with what was held back of it until its end."""
+    rest = answer.text.finish()
+    if not rest:
+        return chunks
+    if chunks:
+        # Where the last token itself began another part, nothing of that can have been held back.
+        return [*chunks[:-1], replace(chunks[-1], text=chunks[-1].text + rest)]
+    return [
+        TokenChunk(
+            num_tokens=answer.num_tokens,
+            text=rest,
+            token_ids=(),
+            part=answer.text.part,
+            num_prompt_tokens=None if answer.has_begun else answer.num_prompt_tokens,
+        )
+    ]
+
+
+def _failed(
+    answer: _Answer, reason: Literal["error", "deadline", "grammar"], now: float
+) -> EndWrite:
     """Return the end of an answer that cannot go on."""
     kind, why = {
         "error": (EngineFailedError, "the model's numbers are not finite"),
         "deadline": (DeadlineExceededError, "the job's time was over"),
+        "grammar": (InvalidRequestError, "the output format led where nothing can follow"),
     }[reason]
     end = JobEnd(
         state="failed",

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from mixfleet_broker.connection import connect
+from mixfleet_broker.inquiries import InquiryBox
 from mixfleet_broker.queue import JobQueue
 from mixfleet_broker.redis_url import safe_redis_url
 from mixfleet_broker.registry import Registration, WorkerRecord
@@ -21,10 +22,12 @@ from mixfleet_engine.door import GenerationEngine
 from mixfleet_engine.generation import SamplingDefaults, sampling_defaults
 from mixfleet_engine.rendezvous import Rendezvous
 from mixfleet_engine.tokenizer import Tokenizer
+from mixfleet_worker.answering import AnswerSetup
 from mixfleet_worker.broker_check import check_broker
 from mixfleet_worker.config import WorkerConfig
 from mixfleet_worker.group import GroupLostError
 from mixfleet_worker.handoff import Mailboxes
+from mixfleet_worker.inquiries import answered_inquiries
 from mixfleet_worker.intake import Intake
 from mixfleet_worker.io import BELL_WAIT_S, BrokerIO
 from mixfleet_worker.loop import WorkerLoop
@@ -99,8 +102,23 @@ def serve(
             redis, record, lease_s=config.rules.lease_s, prefix=config.key_prefix
         )
         session = QueueSession(queue=queue, registration=registration)
-        _run(config, model, session, parent_pid)
+        with answered_inquiries(
+            InquiryBox(redis, config.model, prefix=config.key_prefix),
+            _answer_setup(config, model),
+            worker_id=config.worker_id,
+            lease_s=config.rules.lease_s,
+        ):
+            _run(config, model, session, parent_pid)
     logger.info("worker ended worker_id=%s", config.worker_id)
+
+
+def _answer_setup(config: WorkerConfig, model: ServedModel) -> AnswerSetup:
+    return AnswerSetup(
+        model=config.model,
+        model_path=None if config.model_path is None else str(config.model_path),
+        chat_format=model.chat_format.name,
+        context_length=model.engine.context_length,
+    )
 
 
 def serve_as_rank(
@@ -163,7 +181,7 @@ def load_model(
         found = chat_format(name, tokenizer)
     logger.info("chat format %s", name)
     with _stage("weights"):
-        loaded = load_engine(config.model_path, engine, _progress_log(), ranks)
+        loaded = load_engine(config.model_path, engine, _progress_log(), ranks, tokenizer)
     return ServedModel(
         engine=loaded,
         tokenizer=tokenizer,
@@ -180,6 +198,7 @@ def _simulated_model(config: WorkerConfig, engine: EngineConfig) -> ServedModel:
     logger.warning("simulated engine: answers are random words, no model is loaded")
     simulated = SimulatedEngine(
         token_ids=words.word_ids,
+        tokenizer=words,
         vocab_size=words.vocab_size,
         context_length=engine.context_length or 4096,
         max_batch_size=engine.max_batch_size or min(SIMULATED_BATCH_SIZE, engine.max_step_tokens),

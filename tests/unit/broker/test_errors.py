@@ -103,8 +103,12 @@ def test_what_may_be_tried_again_says_so() -> None:
     assert retryable == {
         "BrokerUnavailableError",
         "BrokerFullError",
+        "InquiriesFullError",
+        "InquiryTimeoutError",
+        "NoWorkerError",
         "NotDurableError",
         "QueueFullError",
+        "RateLimitedError",
         "StreamTimeoutError",
         "TenantQueueFullError",
     }

@@ -21,6 +21,7 @@ def test_the_public_names_are_these() -> None:
         "RunStarted",
         "TokenChunk",
         "TokenLogprob",
+        "ToolCall",
         "Usage",
         "new_job_id",
     ]

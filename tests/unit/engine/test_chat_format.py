@@ -203,7 +203,7 @@ def test_mistral_formats_accept_and_refuse_what_mistral_common_does(
         (["assistant: Hi"], "message 0 is the assistant's and there is no other"),
         (["user: a", "assistant: ", "user: b"], "message 1, the assistant's, is empty"),
         (["user: a", "assistant: b", "system: c"], "message 2 is the system's"),
-        (["user: a", "tool: b"], "message 1 has role 'tool', not one of system, user, assistant"),
+        (["user: a", "robot: b"], "message 1 has role 'robot', not one of system, user, assistant"),
     ],
 )
 @pytest.mark.parametrize("name", ["mistral-v1", "mistral-v3", "aime"])
@@ -219,8 +219,8 @@ def test_free_formats_refuse_empty_conversations_and_unknown_roles(name: str) ->
     free = chat_format(name, ByteTokenizer())
     with pytest.raises(InvalidMessagesError, match="the conversation is empty"):
         free.encode([])
-    with pytest.raises(InvalidMessagesError, match="message 0 has role 'tool'"):
-        free.encode(conversation("tool: x"))
+    with pytest.raises(InvalidMessagesError, match="message 0 has role 'robot'"):
+        free.encode(conversation("robot: x"))
 
 
 # --- the article's format -----------------------------------------------------------------------

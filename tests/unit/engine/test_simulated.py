@@ -1,8 +1,10 @@
+import json
 import math
 import pickle
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from mixfleet_engine.door import GenerationEngine
 from mixfleet_engine.errors import ConfigError, InvalidRequestError, PromptTooLongError
 from mixfleet_engine.request import SamplingParams, TokenLogprobs
 from mixfleet_engine.simulated import SimulatedEngine
+from mixfleet_worker.simulated_words import SimulatedWords
 from support.engine_requests import make_request, run_to_end
 
 
@@ -340,3 +343,33 @@ def test_no_more_requests_run_at_once_than_the_batch_holds() -> None:
     for name in "abc":
         engine.submit(make_request(name, max_tokens=2))
     assert ids(engine, 3) == ["a", "b", "a", "b", "c"]
+
+
+def test_a_simulated_answer_follows_its_grammar_and_goes_on_alike_elsewhere() -> None:
+    words = SimulatedWords()
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "string"}, "b": {"type": "array", "items": {"enum": [1, 2]}}},
+        "required": ["a", "b"],
+    }
+    for seed in range(20):
+        request = make_request(
+            prompt=(1, 2),
+            max_tokens=400,
+            stops=[words.eos_id],
+            sampling=SamplingParams(seed=seed),
+            grammar=f"start: %json {json.dumps(schema)}",
+        )
+        engine = make_engine(token_ids=words.word_ids, vocab_size=words.vocab_size, tokenizer=words)
+        token_ids, reason = run_to_end(engine, [request])["r"]
+        assert reason == "stop"
+        value = json.loads(b"".join(map(words.token_bytes, token_ids)))
+        assert isinstance(value["a"], str)
+        assert set(value["b"]) <= {1, 2}
+        begun = replace(request, output_token_ids=token_ids[:7])
+        assert run_to_end(engine, [begun])["r"] == (token_ids[7:], "stop")
+
+
+def test_a_simulated_engine_without_a_tokenizer_refuses_a_grammar() -> None:
+    with pytest.raises(InvalidRequestError, match="without a tokenizer"):
+        make_engine().submit(make_request(grammar='start: "a"'))

@@ -153,6 +153,41 @@ def test_an_end_behind_a_sent_chunk_waits_for_its_turn() -> None:
     assert job.next_write() == an_end()
 
 
+def calls_write(number: int, text: str) -> ChunkWrite:
+    chunk = TokenChunk(num_tokens=number, text=text, token_ids=(number,), part="tool_calls")
+    return ChunkWrite(lease=LEASE, chunk=chunk)
+
+
+def test_text_and_tool_calls_that_wait_stay_apart_and_in_order() -> None:
+    job = a_held_job()
+    for write in (chunk_write(LEASE, 1, "a"), chunk_write(LEASE, 2, "b")):
+        job.add(write)
+    for write in (calls_write(3, "["), calls_write(4, "]")):
+        job.add(write)
+    job.add(an_end())
+    assert job.has_end
+    assert job.next_write() == ChunkWrite(
+        lease=LEASE, chunk=TokenChunk(num_tokens=2, text="ab", token_ids=(1, 2))
+    )
+    assert job.has_end
+    job.settle()
+    assert job.next_write() == an_end(
+        TokenChunk(num_tokens=4, text="[]", token_ids=(3, 4), part="tool_calls")
+    )
+    job.settle()
+    assert not job.has_writes
+
+
+def test_an_end_of_another_part_goes_behind_the_text() -> None:
+    job = a_held_job()
+    job.add(chunk_write(LEASE, 1, "a"))
+    end = an_end(calls_write(2, "[").chunk)
+    job.add(end)
+    assert job.next_write() == chunk_write(LEASE, 1, "a")
+    job.settle()
+    assert job.next_write() == end
+
+
 def test_the_id_of_a_job_tells_how_long_it_waited() -> None:
     job_id = f"{1_700_000_000_500:012x}{'0' * 20}"
     assert waited_s(job_id, 1_700_000_002.0) == pytest.approx(1.5)

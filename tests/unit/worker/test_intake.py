@@ -1,8 +1,18 @@
+import re
 from typing import Any
 
 import pytest
 
 from mixfleet_broker.errors import MessageError
+from mixfleet_broker.job_codec import encode_job
+from mixfleet_broker.messages import (
+    ChatJob,
+    ChatMessage,
+    OutputFormat,
+    SamplingSettings,
+    ToolCall,
+    ToolSpec,
+)
 from mixfleet_engine.chat_format import chat_format
 from mixfleet_engine.errors import InvalidMessagesError, PromptTooLongError
 from mixfleet_engine.generation import SamplingDefaults
@@ -224,3 +234,114 @@ def test_tokens_that_only_the_models_padding_has_can_be_continued() -> None:
 def test_what_a_job_leaves_open_is_the_models_own_default() -> None:
     sampling = admitted(a_payload(temperature=None, seed=11)).request.sampling
     assert sampling == SamplingParams(temperature=0.5, top_k=7, top_p=0.9, seed=11)
+
+
+def test_an_output_format_becomes_the_grammar_of_the_request() -> None:
+    payload = a_payload(output_format=OutputFormat(kind="json_object"), max_tokens=5)
+    grammar = admitted(payload, delivered=tuple(b"{")).request.grammar
+    assert grammar is not None
+    assert "%json" in grammar
+    assert admitted(a_payload(max_tokens=5)).request.grammar is None
+
+
+# --- tools --------------------------------------------------------------------------------------
+
+WITH_TOOLS = ByteTokenizer(adds_tool_tokens=True)
+CALLS = WITH_TOOLS.control_id("[TOOL_CALLS]") or 0
+CLOCK = ToolSpec(name="clock")
+HISTORY = (
+    ChatMessage(role="user", content="What time?"),
+    ChatMessage(
+        role="assistant",
+        content="",
+        tool_calls=(ToolCall(call_id="call_1", name="clock", arguments="{}"),),
+    ),
+    ChatMessage(role="tool", content="noon", call_id="call_1"),
+)
+
+
+def tool_job(
+    name: str = "mistral-v3", delivered: tuple[int, ...] = (), **fields: Any
+) -> AdmittedJob | CompleteJob:
+    messages = fields.pop("messages", HISTORY[:1])
+    settings = SamplingSettings(max_tokens=20, stop=fields.pop("stop", ()))
+    job = ChatJob(job_id="job1", model=MODEL, messages=messages, sampling=settings, **fields)
+    intake = Intake(
+        model=MODEL,
+        tokenizer=WITH_TOOLS,
+        chat_format=chat_format(name, WITH_TOOLS),
+        context_length=1000,
+        defaults=DEFAULTS,
+    )
+    return intake.admit(a_taken_job(encode_job(job), delivered=delivered))
+
+
+def prompt_of(**fields: Any) -> str:
+    """Return the prompt of a job, its control tokens spelled out."""
+    job = tool_job(**fields)
+    assert isinstance(job, AdmittedJob)
+    ids = job.request.prompt_token_ids
+    controls = WITH_TOOLS.control_ids
+    return "".join(WITH_TOOLS.id_to_piece(i) if i in controls else chr(i) for i in ids)
+
+
+CLOCK_TEXT = (
+    '[AVAILABLE_TOOLS][{"type": "function", "function": {"name": "clock", "description": "", '
+    '"parameters": {}}}][/AVAILABLE_TOOLS]'
+)
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", "=clock"])
+def test_tools_that_may_be_called_are_shown_to_the_model(choice: str) -> None:
+    shown = prompt_of(tools=(CLOCK,), tool_choice=choice)
+    assert shown == f"<s>{CLOCK_TEXT}[INST]What time?[/INST]"
+
+
+def test_tools_that_may_not_be_called_are_not_shown() -> None:
+    assert prompt_of(tools=(CLOCK,), tool_choice="none") == "<s>[INST]What time?[/INST]"
+
+
+def test_a_foreign_id_is_the_same_nine_letters_in_call_and_result() -> None:
+    shown = prompt_of(messages=HISTORY)
+    (call_id, result_id) = re.findall(r'id": "([a-zA-Z0-9]{9})"', shown)
+    assert call_id == result_id
+    assert "call_1" not in shown
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_calls_are_a_part_of_their_own_where_tools_are_offered(choice: str) -> None:
+    job = tool_job(tools=(CLOCK,), tool_choice=choice)
+    assert isinstance(job, AdmittedJob)
+    job.text.push(CALLS)
+    assert job.text.push(ord("[")).part == "tool_calls"
+
+
+@pytest.mark.parametrize("fields", [{}, {"tools": (CLOCK,), "tool_choice": "none"}])
+def test_calls_of_a_model_that_was_offered_none_are_text(fields: dict[str, Any]) -> None:
+    job = tool_job(**fields)
+    assert isinstance(job, AdmittedJob)
+    job.text.push(CALLS)
+    assert job.text.push(ord("[")).part == "text"
+
+
+def test_a_job_that_is_continued_amid_its_calls_is_still_in_them() -> None:
+    job = tool_job(tools=(CLOCK,), delivered=(*b"ab", CALLS, *b'[{"na'), stop=("na",))
+    assert isinstance(job, AdmittedJob)
+    piece = job.text.push(ord("m"))
+    assert (piece.text, piece.part, piece.stopped) == ("m", "tool_calls", False)
+
+
+def test_the_rest_of_complete_calls_is_delivered_as_calls() -> None:
+    job = tool_job(tools=(CLOCK,), delivered=(CALLS, *b"[" * 18, 0xC3))
+    assert isinstance(job, CompleteJob)
+    assert job.chunk is not None
+    assert (job.chunk.text, job.chunk.part) == ("\ufffd", "tool_calls")
+
+
+@pytest.mark.parametrize("name", ["mistral-v1", "aime", "chatml", "plain"])
+def test_tools_for_a_model_that_knows_none_are_refused(name: str) -> None:
+    with pytest.raises(InvalidMessagesError, match=f"knows no tools.*{name}"):
+        tool_job(name, tools=(CLOCK,))
+    with pytest.raises(InvalidMessagesError, match=f"message 1 calls tools.*{name}"):
+        tool_job(name, messages=HISTORY)
+    assert isinstance(tool_job(name, tools=(CLOCK,), tool_choice="none"), AdmittedJob)

@@ -1,4 +1,6 @@
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -17,14 +19,19 @@ from mixfleet_worker.publisher import Publisher, completion, rejection
 from support.byte_tokenizer import ByteTokenizer
 from support.worker_jobs import a_lease, a_taken_job
 
-TOKENIZER = ByteTokenizer()
+TOKENIZER = ByteTokenizer(adds_tool_tokens=True)
+CALLS = TOKENIZER.control_id("[TOOL_CALLS]") or 0
 EOS = TOKENIZER.eos_id
 
 
 def a_job(
-    job_id: str = "job1", *, stops: tuple[str, ...] = (), delivered: bytes = b""
+    job_id: str = "job1",
+    *,
+    stops: tuple[str, ...] = (),
+    delivered: Sequence[int] = b"",
+    tool_calls_id: int | None = None,
 ) -> AdmittedJob:
-    text = AnswerText(TOKENIZER, stops)
+    text = AnswerText(TOKENIZER, stops, tool_calls_id=tool_calls_id)
     for token_id in delivered:
         text.push(token_id)
     request = GenerateRequest(
@@ -290,6 +297,7 @@ def test_a_completion_says_what_the_earlier_runs_delivered() -> None:
     [
         ("error", "engine_failed", "the model's numbers are not finite"),
         ("deadline", "deadline_exceeded", "the job's time was over"),
+        ("grammar", "invalid_request", "the output format led where nothing can follow"),
     ],
 )
 def test_an_answer_that_cannot_go_on_fails_with_what_was_said_so_far(
@@ -304,3 +312,114 @@ def test_an_answer_that_cannot_go_on_fails_with_what_was_said_so_far(
     assert write.end.usage == Usage(prompt_tokens=3, completion_tokens=2)
     assert write.end.message == f"{why} after 2 tokens"
     assert publisher.num_open == 0
+
+
+def test_an_answer_that_was_whole_already_ends_without_a_chunk() -> None:
+    publisher = Publisher()
+    publisher.open(a_job())
+    write = publish_one(publisher, tokens((), "stop"))
+    assert isinstance(write, EndWrite)
+    assert (write.chunk, write.end.state, write.end.finish_reason) == (None, "finished", "stop")
+
+
+# --- tool calls ---------------------------------------------------------------------------------
+
+
+def parts_of(*outputs: StepOutput, **job: Any) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Return part, text and tokens of each chunk that a job with tools gives, in order."""
+    publisher = Publisher()
+    publisher.open(a_job(tool_calls_id=CALLS, **job))
+    chunks = [
+        chunk_of(write) for output in outputs for write in publisher.publish([output], 2.0).writes
+    ]
+    counts = [chunk.num_tokens for chunk in chunks]
+    assert counts == sorted(set(counts)), "each chunk has an id of its own"
+    return [(chunk.part, chunk.text, chunk.token_ids) for chunk in chunks]
+
+
+def test_text_after_the_token_of_tool_calls_is_a_part_of_its_own() -> None:
+    found = parts_of(tokens(b"a"), tokens((CALLS,)), tokens(b"["), tokens(b"]", "stop"))
+    assert found == [
+        ("text", "a", (97,)),
+        ("text", "", (CALLS,)),
+        ("tool_calls", "[", (91,)),
+        ("tool_calls", "]", (93,)),
+    ]
+
+
+def test_a_step_with_tokens_on_both_sides_gives_two_chunks() -> None:
+    found = parts_of(tokens((97, CALLS, 91)), tokens(b"]", "stop"))
+    assert found == [
+        ("text", "a", (97, CALLS)),
+        ("tool_calls", "[", (91,)),
+        ("tool_calls", "]", (93,)),
+    ]
+
+
+def test_a_last_step_with_tokens_on_both_sides_ends_with_the_second_chunk() -> None:
+    publisher = Publisher()
+    publisher.open(a_job(tool_calls_id=CALLS))
+    first, last = publisher.publish([tokens((97, CALLS, 91), "length")], 2.0).writes
+    assert isinstance(first, ChunkWrite)
+    assert isinstance(last, EndWrite)
+    assert (chunk_of(last).part, chunk_of(last).num_tokens) == ("tool_calls", 3)
+    assert last.end.usage == Usage(prompt_tokens=3, completion_tokens=3)
+    assert publisher.num_open == 0
+
+
+def test_without_tools_the_token_is_dropped_like_any_control_token() -> None:
+    publisher = Publisher()
+    publisher.open(a_job())
+    write = publish_one(publisher, tokens((97, CALLS, 91), "stop"))
+    assert (chunk_of(write).part, chunk_of(write).text) == ("text", "a[")
+
+
+def test_stop_strings_are_of_the_text_alone() -> None:
+    found = parts_of(tokens(b"aX"), tokens((CALLS,)), tokens(b"XYZ"), stops=("XYZ",))
+    # What was held back comes with the token that ends the text, and can be no stop string then.
+    assert found == [
+        ("text", "a", (97, 88)),
+        ("text", "X", (CALLS,)),
+        ("tool_calls", "XYZ", (88, 89, 90)),
+    ]
+
+
+def test_a_stop_string_before_the_token_ends_the_answer() -> None:
+    publisher = Publisher()
+    publisher.open(a_job(stops=("X",), tool_calls_id=CALLS))
+    published = publisher.publish([tokens((97, 88, CALLS, 91))], 2.0)
+    (write,) = published.writes
+    assert isinstance(write, EndWrite)
+    assert (chunk_of(write).text, chunk_of(write).token_ids) == ("a", (97, 88))
+    assert published.stopped == ("job1",)
+
+
+def test_a_stop_string_that_an_incomplete_character_completes_keeps_the_answer_text() -> None:
+    found = parts_of(tokens((97, 0xC3, CALLS)), stops=("\ufffd",))
+    assert found == [("text", "a", (97, 0xC3, CALLS))]
+
+
+def test_an_incomplete_character_ends_with_its_part() -> None:
+    found = parts_of(tokens((0xC3,)), tokens((CALLS,)), tokens((0xC3,), "length"))
+    assert found == [
+        ("text", "", (0xC3,)),
+        ("text", "\ufffd", (CALLS,)),
+        ("tool_calls", "\ufffd", (0xC3,)),
+    ]
+
+
+def test_calls_that_are_continued_in_mid_character_go_on_as_calls() -> None:
+    first, second = "é".encode()
+    delivered = (97, CALLS, ord("["), first)
+    found = parts_of(tokens((second,)), tokens(b"X", "stop"), delivered=delivered, stops=("X",))
+    assert found == [("tool_calls", "é", (second,)), ("tool_calls", "X", (88,))]
+
+
+def test_an_end_without_new_tokens_shows_the_rest_of_its_own_part() -> None:
+    publisher = Publisher()
+    publisher.open(a_job(tool_calls_id=CALLS, delivered=(CALLS, 0xC3)))
+    write = publish_one(publisher, tokens((), "stop"))
+    assert isinstance(write, EndWrite)
+    assert write.chunk == TokenChunk(
+        num_tokens=2, text="\ufffd", token_ids=(), part="tool_calls", num_prompt_tokens=3
+    )

@@ -3,6 +3,7 @@
 --
 -- KEYS[1]  rq's list of the queue. All other names are made by `key`: one pool is one Redis.
 -- ARGV[1]  the model, which is the queue's name.
+-- The scripts of API keys have a hash of the key and the key's id in their places.
 --
 -- The only clock is Redis's own. A job's state is the `status` of its hash; a run may write while
 -- the hash's mf_token is its own and the status is `started`. Each script is atomic, and leaves

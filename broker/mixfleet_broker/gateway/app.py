@@ -1,0 +1,117 @@
+"""The gateway's application: its parts, its routes, and the dialect of every error."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response
+
+from mixfleet_broker.errors import MixfleetError
+from mixfleet_broker.gateway import health, openai_chat, openai_models
+from mixfleet_broker.gateway.api_errors import ApiError, as_api_error
+from mixfleet_broker.gateway.caller import Gatekeeper, is_loopback
+from mixfleet_broker.gateway.fleet import Fleet
+from mixfleet_broker.gateway.guard import REQUEST_ID, ErrorBody, Guard
+from mixfleet_broker.gateway.service import Service
+from mixfleet_broker.gateway.watch import JobWatch
+from mixfleet_broker.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Return the application; it connects to Redis when it is started."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        fleet = Fleet(settings)
+        gate = Gatekeeper(fleet, settings)
+        app.state.service = Service(
+            settings=settings, fleet=fleet, gate=gate, watch=JobWatch([gate])
+        )
+        try:
+            yield
+        finally:
+            await fleet.close()
+
+    app = FastAPI(
+        title="mixfleet",
+        version=version("mixfleet"),
+        summary="Chat from Mixtral models, by a fleet of workers behind a queue.",
+        lifespan=lifespan,
+    )
+    app.include_router(openai_chat.router)
+    app.include_router(openai_models.router)
+    app.include_router(health.router)
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(MixfleetError, _on_mixfleet_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_body)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins.split(","),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID, "x-job-id", "retry-after"],
+        )
+    app.add_middleware(
+        Guard,
+        max_body_bytes=settings.max_body_bytes,
+        is_local=is_loopback(settings.listen) and not settings.require_key,
+        error_body=error_body,
+    )
+    return app
+
+
+def error_body(path: str) -> ErrorBody:  # noqa: ARG001
+    """Return how errors look to the clients of a path."""
+    return _openai_body
+
+
+def _openai_body(error: ApiError, _request_id: str) -> dict[str, Any]:
+    return error.openai_body()
+
+
+def _answered(request: Request, error: ApiError) -> Response:
+    body = error_body(request.url.path)(error, request.scope.get("request_id", ""))
+    return JSONResponse(body, status_code=error.status, headers=error.headers())
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _answered(request, error)
+
+
+async def _on_mixfleet_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, MixfleetError)
+    return _answered(request, as_api_error(error))
+
+
+async def _on_invalid_body(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    text = first["msg"]
+    if first["type"] == "extra_forbidden":
+        text = "this parameter is not known here"
+    others = len(error.errors()) - 1
+    more = f" (and {others} more)" if others else ""
+    where = f"{param}: " if param else ""
+    code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
+    return _answered(request, ApiError(400, f"{where}{text}{more}", code=code, param=param))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    text = str(error.detail)
+    if error.status_code == 404:
+        text = f"no such route: {request.method} {request.url.path[:200]}"
+    refusal = ApiError(error.status_code, text, code=f"http_{error.status_code}")
+    return _answered(request, refusal.with_headers(dict(error.headers or {})))

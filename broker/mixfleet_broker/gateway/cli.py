@@ -1,0 +1,93 @@
+"""``mixfleet gateway``: HTTP in front of the queue."""
+
+from typing import Any, Final
+
+import click
+import uvicorn
+
+from mixfleet_broker.api_keys import any_keys
+from mixfleet_broker.connection import connect, find_redis_url
+from mixfleet_broker.errors import ConfigError
+from mixfleet_broker.gateway.app import create_app
+from mixfleet_broker.gateway.caller import is_loopback
+from mixfleet_broker.gateway.connection_guard import GuardedProtocol
+from mixfleet_broker.options import setting_options
+from mixfleet_broker.settings import Settings
+
+GATEWAY_SETTINGS: Final = (
+    "redis",
+    "data_dir",
+    "key_prefix",
+    "listen",
+    "require_key",
+    "tenant",
+    "queue_limit",
+    "queue_token_limit",
+    "tenant_queue_limit",
+    "tenant_token_limit",
+    "on_disconnect",
+    "keep_alive_s",
+    "response_ttl_s",
+    "max_body_bytes",
+    "max_connections",
+    "cors_origins",
+    "aime_endpoints",
+    "vllm_metric_aliases",
+    "drain_s",
+    "log_level",
+    "log_json",
+)
+
+
+@click.command()
+@setting_options(*GATEWAY_SETTINGS)
+def gateway(settings: Settings) -> None:
+    """Serve the clients that people have: OpenAI's, Anthropic's, AIME's, and curl.
+
+    Stateless: run as many as you like on one Redis. On loopback no key is asked for while there is
+    none; elsewhere `mixfleet key create` must come first.
+    """
+    check_exposure(settings)
+    host, _, port = settings.listen.rpartition(":")
+    config = uvicorn.Config(
+        create_app(settings),
+        host=host.strip("[]"),
+        port=int(port),
+        http=GuardedProtocol,
+        log_config=log_config(settings),
+        access_log=False,
+        limit_concurrency=settings.max_connections,
+        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+        server_header=False,
+        ws="none",
+    )
+    uvicorn.Server(config).run()
+
+
+def check_exposure(settings: Settings) -> None:
+    """Raise unless keys guard a gateway that others can reach.
+
+    Raises:
+        ConfigError: It would listen elsewhere than on loopback, and there is no key.
+    """
+    if is_loopback(settings.listen) and not settings.require_key:
+        return
+    with connect(find_redis_url(settings)) as redis:
+        if not any_keys(redis, prefix=settings.key_prefix):
+            raise ConfigError(
+                f"listen={settings.listen}: others can reach it, and there is no API key yet; "
+                "make one with `mixfleet key create --name NAME`"
+            )
+
+
+def log_config(settings: Settings) -> dict[str, Any]:
+    """Return how the gateway logs: one line an event, JSON if asked."""
+    text = "%(asctime)s %(levelname)s %(name)s %(message)s"
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"text": {"format": text}},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "text"}},
+        "root": {"handlers": ["stderr"], "level": settings.log_level.upper()},
+        "loggers": {"uvicorn": {"level": "INFO"}},
+    }

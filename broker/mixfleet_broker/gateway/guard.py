@@ -1,0 +1,145 @@
+"""The gate before all routes: request ids, hosts, sizes, and an answer to whatever went wrong.
+
+A plain ASGI layer: it costs streams nothing.
+"""
+
+import json
+import logging
+import re
+import secrets
+from collections.abc import Callable
+from typing import Any, Final
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mixfleet_broker.errors import MixfleetError
+from mixfleet_broker.gateway.api_errors import SERVER, ApiError, as_api_error
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID: Final = "x-request-id"
+_GOOD_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_LOCAL_HOSTS: Final = frozenset({"localhost", "127.0.0.1", "[::1]", "testserver"})
+
+ErrorBody = Callable[[ApiError, str], dict[str, Any]]
+"""From an error and the request's id to the body that a dialect's clients read."""
+
+
+class Guard:
+    """Wraps the application.
+
+    Args:
+        app: The application.
+        max_body_bytes: Of a request.
+        is_local: Only this machine is served, and without keys: a web page that talked its
+            browser into calling us, under another host's name, is refused.
+        error_body: The dialect of a path.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_body_bytes: int,
+        is_local: bool,
+        error_body: Callable[[str], ErrorBody],
+    ) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self._is_local = is_local
+        self._error_body = error_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name: value for name, value in scope["headers"]}  # noqa: C416 - the last wins
+        request_id = _request_id(headers.get(REQUEST_ID.encode(), b""))
+        scope["request_id"] = request_id
+        begun = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                MutableHeaders(scope=message).append(REQUEST_ID, request_id)
+            await send(message)
+
+        try:
+            self._check(headers)
+            await self._app(scope, self._limited(receive), send_with_id)
+        except Exception as error:
+            if begun:
+                raise
+            refusal = _as_refusal(error, request_id)
+            body = self._error_body(scope["path"])(refusal, request_id)
+            await _answer(refusal, body, send_with_id)
+
+    def _check(self, headers: dict[bytes, bytes]) -> None:
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length[:20]) > self._max_body_bytes:
+            raise self._too_large(length.decode("latin-1")[:20])
+        if not self._is_local:
+            return
+        host = headers.get(b"host", b"localhost").decode("latin-1")
+        name = host if host.endswith("]") else host.rpartition(":")[0] or host
+        if name.lower() not in _LOCAL_HOSTS or headers.get(b"sec-fetch-site") == b"cross-site":
+            raise ApiError(
+                403,
+                f"a gateway without keys serves this machine alone, not {host[:80]!r}",
+                kind="permission_error",
+                code="host_not_allowed",
+            )
+
+    def _limited(self, receive: Receive) -> Receive:
+        num_bytes = 0
+
+        async def receive_limited() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            if message["type"] == "http.request":
+                num_bytes += len(message.get("body", b""))
+                if num_bytes > self._max_body_bytes:
+                    raise self._too_large(f"more than {self._max_body_bytes}")
+            return message
+
+        return receive_limited
+
+    def _too_large(self, length: str) -> ApiError:
+        return ApiError(
+            413,
+            f"the body has {length} bytes, the limit is {self._max_body_bytes}",
+            code="body_too_large",
+            details={"limit": self._max_body_bytes},
+        )
+
+
+def _request_id(given: bytes) -> str:
+    """Return the client's own id of a request if it can stand in a header, else a new one."""
+    text = given.decode("latin-1")
+    return text if _GOOD_REQUEST_ID.fullmatch(text) else f"req_{secrets.token_hex(12)}"
+
+
+def _as_refusal(error: Exception, request_id: str) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, MixfleetError):
+        return as_api_error(error)
+    logger.error("request_failed request_id=%s", request_id, exc_info=error)
+    return ApiError(
+        500, f"an error of the gateway, see its log: {request_id}", kind=SERVER, code="internal"
+    )
+
+
+async def _answer(refusal: ApiError, body: dict[str, Any], send: Send) -> None:
+    raw = json.dumps(body, ensure_ascii=False).encode(errors="backslashreplace")
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(raw)),
+        **refusal.headers(),
+    }
+    pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": refusal.status, "headers": pairs})
+    await send({"type": "http.response.body", "body": raw})
