@@ -13,7 +13,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from mixfleet_broker.errors import MixfleetError
-from mixfleet_broker.gateway import health, openai_chat, openai_models, responses
+from mixfleet_broker.gateway import (
+    anthropic_messages,
+    health,
+    openai_chat,
+    openai_models,
+    responses,
+)
+from mixfleet_broker.gateway.anthropic_errors import anthropic_body, is_anthropic
 from mixfleet_broker.gateway.api_errors import ApiError, as_api_error
 from mixfleet_broker.gateway.caller import Gatekeeper, is_loopback
 from mixfleet_broker.gateway.fleet import Fleet
@@ -52,6 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(openai_chat.router)
     app.include_router(openai_models.router)
     app.include_router(responses.router)
+    app.include_router(anthropic_messages.router)
     app.include_router(health.router)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(MixfleetError, _on_mixfleet_error)
@@ -74,9 +82,9 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def error_body(path: str) -> ErrorBody:  # noqa: ARG001
+def error_body(path: str) -> ErrorBody:
     """Return how errors look to the clients of a path."""
-    return _openai_body
+    return anthropic_body if is_anthropic(path) else _openai_body
 
 
 def _openai_body(error: ApiError, _request_id: str) -> dict[str, Any]:

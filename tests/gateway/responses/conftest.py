@@ -1,4 +1,4 @@
-"""All tests in this folder need a real Redis, and many a gateway on it."""
+"""A real Redis for each test, a gateway on it, and workers that are told what to say."""
 
 from collections.abc import Iterator
 from pathlib import Path
