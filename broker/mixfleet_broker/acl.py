@@ -79,7 +79,7 @@ _READING: Final = (
     Grant("hgetall", (keys.WORKER,)),
 )
 
-_KEY_RECORDS: Final = (keys.API_KEYS, keys.API_KEY, keys.API_SECRET)
+_KEY_RECORDS: Final = (keys.API_KEYS, keys.API_KEY, keys.API_SECRET, keys.AIME_SESSION)
 _KEY_USE: Final = (keys.API_USE, keys.API_JOBS, keys.API_CHARGE)
 _OF_QUEUES: Final = tuple(
     key for key in KEYS if key not in (*_KEY_RECORDS, *_KEY_USE, keys.RESPONSE)
@@ -89,6 +89,7 @@ _ADMITTING: Final = (
     Grant("exists", (keys.API_KEYS,)),
     Grant("hgetall", (keys.API_KEY,)),
     Grant("get", (keys.API_SECRET,)),
+    Grant("get set", (keys.AIME_SESSION,)),
     Grant("evalsha hget hmget hset expire", (keys.API_USE,)),
     Grant("zadd zcard zrange zrem expire", (keys.API_JOBS,)),
     Grant("get set del", (keys.API_CHARGE,)),

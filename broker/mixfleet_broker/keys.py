@@ -450,6 +450,14 @@ API_CHARGE: Final = Key(
     meaning="what a job was charged: key id, tokens, day, ms, level of the minute's tokens with "
     "it, and that of its requests if the request was charged with it",
 )
+AIME_SESSION: Final = Key(
+    name="aime_session",
+    template="mixfleet:aime_session:{digest}",
+    type="string",
+    writers="key_sessions.py, at a login of AIME's clients",
+    lifetime="1 day; it opens nothing once its API key opens nothing",
+    meaning="the SHA-256 of the secret that logged in, by that of the session's own key",
+)
 
 # Stored responses, for gateways
 
@@ -512,6 +520,7 @@ KEYS: Final[tuple[Key, ...]] = (
     API_JOBS,
     API_CHARGE,
     RESPONSE,
+    AIME_SESSION,
 )
 
 

@@ -20,6 +20,9 @@ from mixfleet_broker.gateway import (
     openai_models,
     responses,
 )
+from mixfleet_broker.gateway.aime import Aime
+from mixfleet_broker.gateway.aime_files import read_endpoints
+from mixfleet_broker.gateway.aime_routes import AimeRoutes
 from mixfleet_broker.gateway.anthropic_errors import anthropic_body, is_anthropic
 from mixfleet_broker.gateway.api_errors import ApiError, as_api_error
 from mixfleet_broker.gateway.caller import Gatekeeper, is_loopback
@@ -34,19 +37,25 @@ logger = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Return the application; it connects to Redis when it is started."""
+    """Return the application; it connects to Redis when it is started.
+
+    Raises:
+        ConfigError: An endpoint file of AIME's form cannot be used.
+    """
+    described = read_endpoints(settings.aime_endpoints) if settings.aime_endpoints else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         fleet = Fleet(settings)
         gate = Gatekeeper(fleet, settings)
-        app.state.service = Service(
-            settings=settings, fleet=fleet, gate=gate, watch=JobWatch([gate])
-        )
+        service = Service(settings=settings, fleet=fleet, gate=gate, watch=JobWatch([gate]))
+        app.state.service = service
+        app.state.aime = Aime(service, described)
         app.state.followers = Followers()
         try:
             yield
         finally:
+            app.state.aime.close()
             await app.state.followers.close()
             await fleet.close()
 
@@ -61,6 +70,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(responses.router)
     app.include_router(anthropic_messages.router)
     app.include_router(health.router)
+    app.router.default = AimeRoutes(app.router.default)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(MixfleetError, _on_mixfleet_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
