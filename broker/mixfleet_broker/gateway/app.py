@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from mixfleet_broker.errors import MixfleetError
-from mixfleet_broker.gateway import health, openai_chat, openai_models
+from mixfleet_broker.gateway import health, metrics, openai_chat, openai_models
 from mixfleet_broker.gateway.api_errors import ApiError, as_api_error
 from mixfleet_broker.gateway.caller import Gatekeeper, is_loopback
 from mixfleet_broker.gateway.fleet import Fleet
@@ -32,9 +32,9 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         fleet = Fleet(settings)
         gate = Gatekeeper(fleet, settings)
-        app.state.service = Service(
-            settings=settings, fleet=fleet, gate=gate, watch=JobWatch([gate])
-        )
+        app.state.metrics = metrics.Metrics(vllm_aliases=settings.vllm_metric_aliases)
+        watch = JobWatch([gate, app.state.metrics.jobs])
+        app.state.service = Service(settings=settings, fleet=fleet, gate=gate, watch=watch)
         try:
             yield
         finally:
@@ -49,6 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(openai_chat.router)
     app.include_router(openai_models.router)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(MixfleetError, _on_mixfleet_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
