@@ -1,5 +1,8 @@
 """``mixfleet gateway``: HTTP in front of the queue."""
 
+import os
+import time
+from threading import Thread
 from typing import Any, Final
 
 import click
@@ -14,6 +17,7 @@ from mixfleet_broker.gateway.connection_guard import GuardedProtocol
 from mixfleet_broker.options import setting_options
 from mixfleet_broker.settings import Settings
 
+_LOOK_S: Final = 0.5
 GATEWAY_SETTINGS: Final = (
     "redis",
     "data_dir",
@@ -40,8 +44,9 @@ GATEWAY_SETTINGS: Final = (
 
 
 @click.command()
+@click.option("--parent-pid", type=int, hidden=True, help="End when this is not the parent.")
 @setting_options(*GATEWAY_SETTINGS)
-def gateway(settings: Settings) -> None:
+def gateway(parent_pid: int | None, settings: Settings) -> None:
     """Serve the clients that people have: OpenAI's, Anthropic's, AIME's, and curl.
 
     Stateless: run as many as you like on one Redis. On loopback no key is asked for while there is
@@ -61,7 +66,16 @@ def gateway(settings: Settings) -> None:
         server_header=False,
         ws="none",
     )
-    uvicorn.Server(config).run()
+    server = uvicorn.Server(config)
+    if parent_pid is not None:
+        Thread(target=_end_with_parent, args=(server, parent_pid), daemon=True).start()
+    server.run()
+
+
+def _end_with_parent(server: uvicorn.Server, parent_pid: int) -> None:
+    while os.getppid() == parent_pid:
+        time.sleep(_LOOK_S)
+    server.should_exit = True
 
 
 def check_exposure(settings: Settings) -> None:
