@@ -14,7 +14,15 @@ from mixfleet_worker.up_next_steps import flag
 
 MODULES: Final = ("fastapi", "prometheus_client", "pydantic", "uvicorn")
 """What the extra ``gateway`` brings."""
-SHARED_FLAGS: Final = ("redis", "data_dir", "key_prefix", "drain_s", "log_level", CONFIG_FLAG)
+SHARED_FLAGS: Final = (
+    "redis",
+    "data_dir",
+    "key_prefix",
+    "drain_s",
+    "log_level",
+    "log_json",
+    CONFIG_FLAG,
+)
 """Flags of ``mixfleet up`` that its gateway gets too; all else it reads by itself."""
 _CONNECT_S: Final = 1.0
 

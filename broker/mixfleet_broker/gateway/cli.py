@@ -14,6 +14,7 @@ from mixfleet_broker.errors import ConfigError
 from mixfleet_broker.gateway.app import create_app
 from mixfleet_broker.gateway.caller import is_loopback
 from mixfleet_broker.gateway.connection_guard import GuardedProtocol
+from mixfleet_broker.json_log import JsonFormatter
 from mixfleet_broker.options import setting_options
 from mixfleet_broker.settings import Settings
 
@@ -96,12 +97,13 @@ def check_exposure(settings: Settings) -> None:
 
 def log_config(settings: Settings) -> dict[str, Any]:
     """Return how the gateway logs: one line an event, JSON if asked."""
-    text = "%(asctime)s %(levelname)s %(name)s %(message)s"
+    text = {"format": "%(asctime)s %(levelname)s %(name)s %(message)s"}
+    lines = {"()": JsonFormatter} if settings.log_json else text
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {"text": {"format": text}},
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "text"}},
+        "formatters": {"lines": lines},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "lines"}},
         "root": {"handlers": ["stderr"], "level": settings.log_level.upper()},
         "loggers": {"uvicorn": {"level": "INFO"}},
     }
