@@ -1,10 +1,11 @@
 """The gateway's application: its parts, its routes, and the dialect of every error."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,26 +20,33 @@ from mixfleet_broker.gateway.caller import Gatekeeper, is_loopback
 from mixfleet_broker.gateway.fleet import Fleet
 from mixfleet_broker.gateway.guard import REQUEST_ID, ErrorBody, Guard
 from mixfleet_broker.gateway.service import Service
-from mixfleet_broker.gateway.watch import JobWatch
+from mixfleet_broker.gateway.watch import JobObserver, JobWatch
 from mixfleet_broker.settings import Settings
+from mixfleet_broker.tracing import SCOPE, traces_if_wanted
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 logger = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings) -> FastAPI:
     """Return the application; it connects to Redis when it is started."""
+    traces = traces_if_wanted("mixfleet-gateway")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         fleet = Fleet(settings)
         gate = Gatekeeper(fleet, settings)
         app.state.metrics = metrics.Metrics(vllm_aliases=settings.vllm_metric_aliases)
-        watch = JobWatch([gate, app.state.metrics.jobs])
+        watch = JobWatch([gate, app.state.metrics.jobs, *_job_tracing(traces)])
         app.state.service = Service(settings=settings, fleet=fleet, gate=gate, watch=watch)
         try:
             yield
         finally:
             await fleet.close()
+            if traces is not None:  # the process may end by a signal, which leaves no later time
+                await asyncio.to_thread(traces.shutdown)
 
     app = FastAPI(
         title="mixfleet",
@@ -68,7 +76,24 @@ def create_app(settings: Settings) -> FastAPI:
         is_local=is_loopback(settings.listen) and not settings.require_key,
         error_body=error_body,
     )
+    _trace_requests(app, traces)
     return app
+
+
+def _trace_requests(app: FastAPI, traces: "TracerProvider | None") -> None:
+    if traces is not None:
+        # Imported here, as below: OpenTelemetry need not be installed.
+        from mixfleet_broker.gateway.tracing import TracedRequests
+
+        app.add_middleware(TracedRequests, tracer=traces.get_tracer(SCOPE))
+
+
+def _job_tracing(traces: "TracerProvider | None") -> list[JobObserver]:
+    if traces is None:
+        return []
+    from mixfleet_broker.gateway.tracing import JobTracing
+
+    return [JobTracing(traces.get_tracer(SCOPE))]
 
 
 def error_body(path: str) -> ErrorBody:  # noqa: ARG001
