@@ -12,7 +12,7 @@ from redis import Redis
 
 from mixfleet_broker.api_keys import ApiKeys
 from mixfleet_broker.gateway.metric_names import METRICS
-from mixfleet_broker.key_records import KeyTerms
+from mixfleet_broker.key_records import KeyTerms, Limits
 from support.echo_worker import EchoWorker
 from support.gateway import GatewayProcess
 
@@ -122,3 +122,24 @@ def test_a_key_needs_the_scope_ops(redis_url: str, redis: Redis, tmp_path: Path)
             for headers in ({}, {"x-api-key": chats}, {"x-api-key": scrapes})
         ]
     assert statuses == [401, 403, 200]
+
+
+def test_a_request_that_a_limit_stops_is_counted_by_its_code(
+    redis_url: str, redis: Redis, tmp_path: Path
+) -> None:
+    terms = KeyTerms(
+        name="one", scopes=frozenset({"chat", "ops"}), limits=Limits(requests_per_min=1)
+    )
+    _, secret = ApiKeys(redis).create(terms)
+    headers = {"x-api-key": secret}
+    with EchoWorker(redis_url), GatewayProcess(redis_url, tmp_path) as gateway:
+        chats = [
+            requests.post(
+                f"{gateway.url}/v1/chat/completions", json=CHAT, headers=headers, timeout=9
+            )
+            for _ in range(2)
+        ]
+        assert [answer.status_code for answer in chats] == [200, 429]
+        text = requests.get(f"{gateway.url}/metrics", headers=headers, timeout=9).text
+    code = chats[1].json()["error"]["code"]
+    assert values(text)["mixfleet_jobs_refused_total", code, "tiny"] == 1

@@ -1,6 +1,7 @@
 """``mixfleet gateway``: HTTP in front of the queue."""
 
 import os
+import sys
 import time
 from threading import Thread
 from typing import Any, Final
@@ -19,6 +20,7 @@ from mixfleet_broker.options import setting_options
 from mixfleet_broker.settings import Settings
 
 _LOOK_S: Final = 0.5
+_TURN_S: Final = 0.001
 GATEWAY_SETTINGS: Final = (
     "redis",
     "data_dir",
@@ -54,6 +56,8 @@ def gateway(parent_pid: int | None, settings: Settings) -> None:
     none; elsewhere `mixfleet key create` must come first.
     """
     check_exposure(settings)
+    # The event loop gets its turn soon after a thread that read from Redis has begun.
+    sys.setswitchinterval(_TURN_S)
     host, _, port = settings.listen.rpartition(":")
     config = uvicorn.Config(
         create_app(settings),

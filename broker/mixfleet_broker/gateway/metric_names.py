@@ -103,7 +103,10 @@ JOBS: Final = _counter(
     vllm="vllm:request_success_total",
 )
 REFUSED: Final = _counter(
-    "jobs_refused_total", "Jobs that the queue did not take, by the error's code.", "model", "code"
+    "jobs_refused_total",
+    "Jobs that queue or key limits kept out, by their codes.",
+    "model",
+    "code",
 )
 REDELIVERIES: Final = _counter(
     "redeliveries_total",

@@ -114,6 +114,11 @@ class JobWatch:
             observer.refused(job.model, error.code)
             observer.dropped(watched, error.code)
 
+    def turned_away(self, model: str, code: str) -> None:
+        """Note a request that a limit of its key has stopped."""
+        for observer in self.observers:
+            observer.refused(model, code)
+
     def saw(self, job_id: str, event: JobEvent) -> None:
         """Note what came on a job's channel."""
         job = self._jobs.get(job_id)
