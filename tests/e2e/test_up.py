@@ -79,7 +79,7 @@ def is_running(pid: int) -> bool:
 
 def serves(url: str) -> bool:
     try:
-        return requests.get(f"{url}/readyz", timeout=5).status_code == 200
+        return requests.get(f"{url}/livez", timeout=5).status_code == 200
     except requests.ConnectionError:
         return False
 
