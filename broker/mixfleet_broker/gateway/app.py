@@ -1,10 +1,11 @@
 """The gateway's application: its parts, its routes, and the dialect of every error."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -16,6 +17,7 @@ from mixfleet_broker.errors import MixfleetError
 from mixfleet_broker.gateway import (
     anthropic_messages,
     health,
+    metrics,
     openai_chat,
     openai_models,
     responses,
@@ -30,8 +32,12 @@ from mixfleet_broker.gateway.fleet import Fleet
 from mixfleet_broker.gateway.guard import REQUEST_ID, ErrorBody, Guard
 from mixfleet_broker.gateway.responses_reading import Followers
 from mixfleet_broker.gateway.service import Service
-from mixfleet_broker.gateway.watch import JobWatch
+from mixfleet_broker.gateway.watch import JobObserver, JobWatch
 from mixfleet_broker.settings import Settings
+from mixfleet_broker.tracing import SCOPE, traces_if_wanted
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +49,15 @@ def create_app(settings: Settings) -> FastAPI:
         ConfigError: An endpoint file of AIME's form cannot be used.
     """
     described = read_endpoints(settings.aime_endpoints) if settings.aime_endpoints else None
+    traces = traces_if_wanted("mixfleet-gateway")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         fleet = Fleet(settings)
         gate = Gatekeeper(fleet, settings)
-        service = Service(settings=settings, fleet=fleet, gate=gate, watch=JobWatch([gate]))
+        app.state.metrics = metrics.Metrics(vllm_aliases=settings.vllm_metric_aliases)
+        watch = JobWatch([gate, app.state.metrics.jobs, *_job_tracing(traces)])
+        service = Service(settings=settings, fleet=fleet, gate=gate, watch=watch)
         app.state.service = service
         app.state.aime = Aime(service, described)
         app.state.followers = Followers()
@@ -58,6 +67,8 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.aime.close()
             await app.state.followers.close()
             await fleet.close()
+            if traces is not None:  # the process may end by a signal, which leaves no later time
+                await asyncio.to_thread(traces.shutdown)
 
     app = FastAPI(
         title="mixfleet",
@@ -70,6 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(responses.router)
     app.include_router(anthropic_messages.router)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     app.router.default = AimeRoutes(app.router.default)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(MixfleetError, _on_mixfleet_error)
@@ -89,7 +101,24 @@ def create_app(settings: Settings) -> FastAPI:
         is_local=is_loopback(settings.listen) and not settings.require_key,
         error_body=error_body,
     )
+    _trace_requests(app, traces)
     return app
+
+
+def _trace_requests(app: FastAPI, traces: "TracerProvider | None") -> None:
+    if traces is not None:
+        # Imported here, as below: OpenTelemetry need not be installed.
+        from mixfleet_broker.gateway.tracing import TracedRequests
+
+        app.add_middleware(TracedRequests, tracer=traces.get_tracer(SCOPE))
+
+
+def _job_tracing(traces: "TracerProvider | None") -> list[JobObserver]:
+    if traces is None:
+        return []
+    from mixfleet_broker.gateway.tracing import JobTracing
+
+    return [JobTracing(traces.get_tracer(SCOPE))]
 
 
 def error_body(path: str) -> ErrorBody:
