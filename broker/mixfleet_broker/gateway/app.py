@@ -1,5 +1,6 @@
 """The gateway's application: its parts, its routes, and the dialect of every error."""
 
+import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,10 +11,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from mixfleet_broker.errors import MixfleetError
-from mixfleet_broker.gateway import health, openai_chat, openai_models
+from mixfleet_broker.gateway import health, jobs, openai_chat, openai_models
 from mixfleet_broker.gateway.api_errors import ApiError, as_api_error
 from mixfleet_broker.gateway.caller import Gatekeeper, is_loopback
 from mixfleet_broker.gateway.fleet import Fleet
@@ -48,6 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.include_router(openai_chat.router)
     app.include_router(openai_models.router)
+    app.include_router(jobs.router)
     app.include_router(health.router)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(MixfleetError, _on_mixfleet_error)
@@ -65,6 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
         Guard,
         max_body_bytes=settings.max_body_bytes,
         is_local=is_loopback(settings.listen) and not settings.require_key,
+        web_origins=(settings.cors_origins or "").split(","),
         error_body=error_body,
     )
     return app
@@ -80,8 +83,10 @@ def _openai_body(error: ApiError, _request_id: str) -> dict[str, Any]:
 
 
 def _answered(request: Request, error: ApiError) -> Response:
-    body = error_body(request.url.path)(error, request.scope.get("request_id", ""))
-    return JSONResponse(body, status_code=error.status, headers=error.headers())
+    # The path as it is: a strange Host header makes `request.url` raise. Its bytes may be anything.
+    body = error_body(request.scope["path"])(error, request.scope.get("request_id", ""))
+    raw = json.dumps(body, ensure_ascii=False).encode(errors="backslashreplace")
+    return Response(raw, error.status, error.headers(), media_type="application/json")
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
@@ -110,8 +115,10 @@ async def _on_invalid_body(request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, ApiError):  # raised while FastAPI read the body: too large
+        return _answered(request, error.__cause__)
     text = str(error.detail)
     if error.status_code == 404:
-        text = f"no such route: {request.method} {request.url.path[:200]}"
+        text = f"no such route: {request.method} {request.scope['path'][:200]}"
     refusal = ApiError(error.status_code, text, code=f"http_{error.status_code}")
     return _answered(request, refusal.with_headers(dict(error.headers or {})))
