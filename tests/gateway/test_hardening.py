@@ -15,12 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.core.result import Ok
 
+from mixfleet_broker.keys import CHANNEL
 from support import hurried_gateway
 from support.echo_worker import EchoWorker
 from support.gateway import GatewayProcess
 from support.queue_jobs import MODEL
 from support.raw_http import exchange, post, read_all
-from support.redis_server import RedisServer
+from support.redis_server import ALWAYS, RedisServer
 from support.worker_process import until
 
 CHAT = "/v1/chat/completions"
@@ -425,12 +426,57 @@ def test_an_answer_may_take_longer_than_a_request(tmp_path: Path) -> None:
         GatewayProcess(server.url, tmp_path, program=program) as process,
         socket.create_connection(("127.0.0.1", process.port), timeout=10.0) as connection,
     ):
-        connection.sendall(post(CHAT, body_with(stream=True)))
-        # Half of a next request, which waits for the first's answer.
+        connection.sendall(
+            post(CHAT, body_with(stream=True)).replace(b"connection: close", b"a: b")
+        )
+        # Half of a next request, whose time begins when it is its turn.
         connection.sendall(b"GET /livez HTTP/1.1\r\n")
         begun = time.monotonic()
         until(lambda: time.monotonic() - begun > 1.0, "three times the limit has passed")
         worker.go.set()
         data = read_all(connection)
-    assert b"data: [DONE]" in data
-    assert b"408" not in data
+    answer, done, rest = data.partition(b"data: [DONE]")
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"HTTP/1.1 408" not in answer
+    assert done
+    assert b"HTTP/1.1 408" in rest
+
+
+@pytest.mark.slow
+def test_an_event_that_is_none_ends_its_own_stream_as_our_fault(tmp_path: Path) -> None:
+    with (
+        RedisServer() as server,
+        EchoWorker(server.url, hold_after=1) as worker,
+        GatewayProcess(server.url, tmp_path) as process,
+        process.client() as client,
+    ):
+        with client.stream("POST", CHAT, json={**BODY, "stream": True}) as stream:
+            job_id = stream.headers["x-job-id"]
+            lines = stream.iter_lines()
+            while '"h"' not in next(lines):
+                pass
+            with server.client() as redis:
+                redis.xadd(CHANNEL(job_id), {"x": "y"}, id="*")
+            rest = [line for line in lines if line.startswith("data: ")]
+        error = check_error(json.loads(rest[-1][6:]))
+        assert (error["code"], error["type"]) == ("invalid_event", "server_error")
+        worker.go.set()
+        assert client.post(CHAT, json=BODY).status_code == 200
+
+
+@pytest.mark.slow
+def test_without_redis_requests_are_refused_until_it_is_back(tmp_path: Path) -> None:
+    with (
+        RedisServer(*ALWAYS) as server,
+        GatewayProcess(server.url, tmp_path) as process,
+        process.client() as client,
+    ):
+        server.kill()
+        refused = client.post(CHAT, json=BODY)
+        assert refusal(refused, 503)["code"] == "broker_unavailable"
+        assert int(refused.headers["retry-after"]) >= 1
+        assert client.get("/livez").status_code == 200
+        assert client.get("/readyz").status_code == 503
+        server.start()
+        with EchoWorker(server.url):
+            until(lambda: client.post(CHAT, json=BODY).status_code == 200, "it serves again")

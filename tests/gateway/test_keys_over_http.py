@@ -244,7 +244,7 @@ def test_a_job_is_its_own_keys_to_see_and_to_cancel(
         assert json.loads(lines[-1][6:])["error"]["code"] == "canceled"
         job = client.get(place).json()
     assert (job["state"], job["outlook"]) == ("canceled", "ended")
-    assert job["error"]["message"] == "cancelled by DELETE /v1/jobs"
+    assert job["error"] == {"code": "canceled", "message": "cancelled by DELETE /v1/jobs"}
     held.go.set()
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from mixfleet_broker.api_keys import ApiKeys
+from mixfleet_broker.connection import connect
+from mixfleet_broker.key_records import KeyTerms
 from support.echo_worker import EchoWorker
 from support.gateway import GatewayProcess
 from support.queue_jobs import MODEL
@@ -55,8 +58,6 @@ def site(gateway_port: int, port: int) -> str:
     for old, new in (
         ("listen 80;", f"listen 127.0.0.1:{port};"),
         ("server 127.0.0.1:8000;", f"server 127.0.0.1:{gateway_port};"),
-        # The test's gateway has no key, so it wants to be asked by its own name.
-        ("Host $host;", "Host localhost;"),
     ):
         assert old in text
         text = text.replace(old, new)
@@ -75,7 +76,9 @@ def proxied(redis_url: str, worker: EchoWorker, tmp_path: Path) -> Iterator[http
     """A client of nginx, behind which is a gateway."""
     assert NGINX is not None
     port = free_port()
-    with GatewayProcess(redis_url, tmp_path) as gateway:
+    with connect(redis_url) as redis:
+        _, secret = ApiKeys(redis).create(KeyTerms(name="test"), None)
+    with GatewayProcess(redis_url, tmp_path, "--require-key", "on") as gateway:
         config = tmp_path / "nginx.conf"
         config.write_text(MAIN.format(directory=tmp_path, site=site(gateway.port, port)))
         with (tmp_path / "nginx.log").open("wb") as log:
@@ -84,7 +87,12 @@ def proxied(redis_url: str, worker: EchoWorker, tmp_path: Path) -> Iterator[http
             )
         base = f"http://127.0.0.1:{port}"
         try:
-            with httpx2.Client(base_url=base, trust_env=False, timeout=20.0) as client:
+            with httpx2.Client(
+                base_url=base,
+                headers={"authorization": f"Bearer {secret}", "host": "chat.example"},
+                trust_env=False,
+                timeout=20.0,
+            ) as client:
                 until(lambda: answers(client), "nginx answers")
                 yield client
         finally:

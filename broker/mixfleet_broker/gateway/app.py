@@ -1,6 +1,5 @@
 """The gateway's application: its parts, its routes, and the dialect of every error."""
 
-import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from mixfleet_broker.errors import MixfleetError
-from mixfleet_broker.gateway import health, jobs, openai_chat, openai_models
+from mixfleet_broker.gateway import health, jobs, openai_chat, openai_models, sse
 from mixfleet_broker.gateway.api_errors import ApiError, as_api_error
 from mixfleet_broker.gateway.caller import Gatekeeper, is_loopback
 from mixfleet_broker.gateway.fleet import Fleet
@@ -85,7 +84,7 @@ def _openai_body(error: ApiError, _request_id: str) -> dict[str, Any]:
 def _answered(request: Request, error: ApiError) -> Response:
     # The path as it is: a strange Host header makes `request.url` raise. Its bytes may be anything.
     body = error_body(request.scope["path"])(error, request.scope.get("request_id", ""))
-    raw = json.dumps(body, ensure_ascii=False).encode(errors="backslashreplace")
+    raw = sse.dumps(body).encode(errors="backslashreplace")
     return Response(raw, error.status, error.headers(), media_type="application/json")
 
 

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 
 from mixfleet_broker.channel import ended
 from mixfleet_broker.errors import UnknownJobError
+from mixfleet_broker.gateway.api_errors import error_of_end
 from mixfleet_broker.gateway.service import Service
 from mixfleet_broker.jobs import JobRow
 from mixfleet_broker.messages import JobEnd
@@ -36,7 +37,7 @@ async def get_job(request: Request, job_id: str) -> dict[str, Any]:
         "waited_s": info.waited_s,
         "attempt": info.attempt,
         "worker": info.worker_id,
-        **_ending(end),
+        **_ending(job_id, end),
     }
 
 
@@ -59,10 +60,11 @@ async def _own_job(request: Request, job_id: str) -> tuple[Service, JobRow]:
     return service, row
 
 
-def _ending(end: JobEnd | None) -> dict[str, Any]:
+def _ending(job_id: str, end: JobEnd | None) -> dict[str, Any]:
     """Return what is known of a job's end; all None while it goes on."""
     if end is None:
         return {"finish_reason": None, "usage": None, "error": None}
-    failure = None if end.state == "finished" else {"code": end.code, "message": end.message}
+    failure = error_of_end(end, job_id)
+    error = None if failure is None else {"code": failure.code, "message": failure.message}
     usage = asdict(end.usage) if end.usage is not None else None
-    return {"finish_reason": end.finish_reason, "usage": usage, "error": failure}
+    return {"finish_reason": end.finish_reason, "usage": usage, "error": error}
