@@ -68,6 +68,16 @@ def check_error(value: Any) -> dict[str, Any]:
     return error
 
 
+def check_error_of(path: str, value: Any) -> None:
+    """Check that a body is an error as the clients of a path read it."""
+    if path.startswith("/v1/messages"):
+        assert set(value) == {"type", "error", "request_id"}
+        assert value["type"] == "error"
+        assert set(value["error"]) - {"details"} == {"type", "message"}
+    else:
+        check_error(value)
+
+
 def refusal(answer: httpx2.Response, status: int = 400) -> dict[str, Any]:
     assert answer.status_code == status, answer.text[:500]
     assert answer.headers["content-type"].startswith("application/json")
@@ -141,7 +151,7 @@ def test_nothing_that_the_published_schema_allows_or_forbids_breaks_it(
             assert answer.status_code < 500 or answer.status_code in (503, 504), answer.content
             is_health = case.path in ("/readyz", "/health")
             if answer.status_code >= 400 and not is_health and case.method != "HEAD":
-                check_error(answer.json())
+                check_error_of(case.path, answer.json())
 
         attack()
     assert num_operations >= 8

@@ -13,7 +13,15 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from mixfleet_broker.errors import MixfleetError
-from mixfleet_broker.gateway import health, jobs, openai_chat, openai_models, sse
+from mixfleet_broker.gateway import (
+    anthropic_messages,
+    health,
+    jobs,
+    openai_chat,
+    openai_models,
+    sse,
+)
+from mixfleet_broker.gateway.anthropic_errors import anthropic_body, is_anthropic
 from mixfleet_broker.gateway.api_errors import ApiError, as_api_error
 from mixfleet_broker.gateway.caller import Gatekeeper, is_loopback
 from mixfleet_broker.gateway.fleet import Fleet
@@ -48,6 +56,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.include_router(openai_chat.router)
     app.include_router(openai_models.router)
+    app.include_router(anthropic_messages.router)
     app.include_router(jobs.router)
     app.include_router(health.router)
     app.add_exception_handler(ApiError, _on_api_error)
@@ -72,9 +81,9 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def error_body(path: str) -> ErrorBody:  # noqa: ARG001
+def error_body(path: str) -> ErrorBody:
     """Return how errors look to the clients of a path."""
-    return _openai_body
+    return anthropic_body if is_anthropic(path) else _openai_body
 
 
 def _openai_body(error: ApiError, _request_id: str) -> dict[str, Any]:
