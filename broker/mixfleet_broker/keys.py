@@ -451,6 +451,18 @@ API_CHARGE: Final = Key(
     "it, and that of its requests if the request was charged with it",
 )
 
+# Stored responses, for gateways
+
+RESPONSE: Final = Key(
+    name="response",
+    template="mixfleet:response:{job_id}",
+    type="string",
+    writers="responses_store.py",
+    lifetime="MIXFLEET_RESPONSE_TTL_S after the request, and once more after its end",
+    meaning="a response of `/v1/responses` (JSON): v, tenant, created_at, request (what the "
+    "response repeats of it), items (its input) and final (the response, once it has ended)",
+)
+
 KEYS: Final[tuple[Key, ...]] = (
     QUEUES,
     QUEUE,
@@ -499,6 +511,7 @@ KEYS: Final[tuple[Key, ...]] = (
     API_USE,
     API_JOBS,
     API_CHARGE,
+    RESPONSE,
 )
 
 

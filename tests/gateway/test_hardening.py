@@ -226,8 +226,19 @@ def test_half_a_surrogate_pair_is_refused(gateway: GatewayProcess, more: dict[st
     refusal(ask(gateway, body_with(**more)))
 
 
-def test_half_a_surrogate_pair_names_no_model(gateway: GatewayProcess) -> None:
-    refusal(ask(gateway, body_with(model="\ud800")), 404)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/responses"])
+def test_half_a_surrogate_pair_is_no_fault_of_ours(
+    gateway: GatewayProcess, path: str, stream: bool
+) -> None:
+    more = {"stream": stream, "max_tokens": 4, "input": "hi"}
+    names = ["input"] if path != "/v1/responses" else ["messages", "max_tokens"]
+    body = {name: value for name, value in {**BODY, **more}.items() if name not in names}
+    assert ask(gateway, json.dumps(body).encode(), path).status_code == 200
+    for bad in ({"model": "\ud800"}, {"\ud800": 1}, {"stop": ["\ud800"]}):
+        answer = ask(gateway, json.dumps({**body, **bad}).encode(), path)
+        assert answer.status_code in (400, 404), answer.text
+        check_error_of(path, answer.json())
 
 
 def test_a_byte_order_mark_is_read_over(gateway: GatewayProcess) -> None:

@@ -19,6 +19,7 @@ from mixfleet_broker.gateway import (
     jobs,
     openai_chat,
     openai_models,
+    responses,
     sse,
 )
 from mixfleet_broker.gateway.anthropic_errors import anthropic_body, is_anthropic
@@ -26,6 +27,7 @@ from mixfleet_broker.gateway.api_errors import ApiError, as_api_error
 from mixfleet_broker.gateway.caller import Gatekeeper, is_loopback
 from mixfleet_broker.gateway.fleet import Fleet
 from mixfleet_broker.gateway.guard import REQUEST_ID, ErrorBody, Guard
+from mixfleet_broker.gateway.responses_reading import Followers
 from mixfleet_broker.gateway.service import Service
 from mixfleet_broker.gateway.watch import JobWatch
 from mixfleet_broker.settings import Settings
@@ -43,9 +45,11 @@ def create_app(settings: Settings) -> FastAPI:
         app.state.service = Service(
             settings=settings, fleet=fleet, gate=gate, watch=JobWatch([gate])
         )
+        app.state.followers = Followers()
         try:
             yield
         finally:
+            await app.state.followers.close()
             await fleet.close()
 
     app = FastAPI(
@@ -56,6 +60,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.include_router(openai_chat.router)
     app.include_router(openai_models.router)
+    app.include_router(responses.router)
     app.include_router(anthropic_messages.router)
     app.include_router(jobs.router)
     app.include_router(health.router)
