@@ -11,16 +11,18 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from mixfleet_broker.errors import MixfleetError
 from mixfleet_broker.gateway import (
     anthropic_messages,
     health,
+    jobs,
     metrics,
     openai_chat,
     openai_models,
     responses,
+    sse,
 )
 from mixfleet_broker.gateway.aime import Aime
 from mixfleet_broker.gateway.aime_files import read_endpoints
@@ -80,6 +82,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(openai_models.router)
     app.include_router(responses.router)
     app.include_router(anthropic_messages.router)
+    app.include_router(jobs.router)
     app.include_router(health.router)
     app.include_router(metrics.router)
     app.router.default = AimeRoutes(app.router.default)
@@ -99,6 +102,7 @@ def create_app(settings: Settings) -> FastAPI:
         Guard,
         max_body_bytes=settings.max_body_bytes,
         is_local=is_loopback(settings.listen) and not settings.require_key,
+        web_origins=(settings.cors_origins or "").split(","),
         error_body=error_body,
     )
     _trace_requests(app, traces)
@@ -131,8 +135,10 @@ def _openai_body(error: ApiError, _request_id: str) -> dict[str, Any]:
 
 
 def _answered(request: Request, error: ApiError) -> Response:
-    body = error_body(request.url.path)(error, request.scope.get("request_id", ""))
-    return JSONResponse(body, status_code=error.status, headers=error.headers())
+    # The path as it is: a strange Host header makes `request.url` raise. Its bytes may be anything.
+    body = error_body(request.scope["path"])(error, request.scope.get("request_id", ""))
+    raw = sse.dumps(body).encode(errors="backslashreplace")
+    return Response(raw, error.status, error.headers(), media_type="application/json")
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
@@ -161,8 +167,10 @@ async def _on_invalid_body(request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, ApiError):  # raised while FastAPI read the body: too large
+        return _answered(request, error.__cause__)
     text = str(error.detail)
     if error.status_code == 404:
-        text = f"no such route: {request.method} {request.url.path[:200]}"
+        text = f"no such route: {request.method} {request.scope['path'][:200]}"
     refusal = ApiError(error.status_code, text, code=f"http_{error.status_code}")
     return _answered(request, refusal.with_headers(dict(error.headers or {})))
