@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from mixfleet_broker.errors import MixfleetError
 from mixfleet_broker.gateway import health, openai_chat, openai_models
 from mixfleet_broker.gateway.aime import Aime
-from mixfleet_broker.gateway.aime_files import read_endpoints
+from mixfleet_broker.gateway.aime_files import check_names, read_endpoints
 from mixfleet_broker.gateway.aime_routes import AimeRoutes
 from mixfleet_broker.gateway.api_errors import ApiError, as_api_error
 from mixfleet_broker.gateway.caller import Gatekeeper, is_loopback
@@ -34,7 +34,8 @@ def create_app(settings: Settings) -> FastAPI:
     Raises:
         ConfigError: An endpoint file of AIME's form cannot be used.
     """
-    described = read_endpoints(settings.aime_endpoints) if settings.aime_endpoints else None
+    path = settings.aime_endpoints
+    described = None if path is None else read_endpoints(path)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -58,6 +59,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(openai_chat.router)
     app.include_router(openai_models.router)
     app.include_router(health.router)
+    taken = {getattr(route, "path", "/").split("/")[1] for route in app.routes}
+    check_names(described or (), taken | {"api"})
     app.router.default = AimeRoutes(app.router.default)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(MixfleetError, _on_mixfleet_error)
