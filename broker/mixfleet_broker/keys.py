@@ -459,6 +459,18 @@ AIME_SESSION: Final = Key(
     meaning="the SHA-256 of the secret that logged in, by that of the session's own key",
 )
 
+# Stored responses, for gateways
+
+RESPONSE: Final = Key(
+    name="response",
+    template="mixfleet:response:{job_id}",
+    type="string",
+    writers="responses_store.py",
+    lifetime="MIXFLEET_RESPONSE_TTL_S after the request, and once more after its end",
+    meaning="a response of `/v1/responses` (JSON): v, tenant, created_at, request (what the "
+    "response repeats of it), items (its input) and final (the response, once it has ended)",
+)
+
 KEYS: Final[tuple[Key, ...]] = (
     QUEUES,
     QUEUE,
@@ -507,6 +519,7 @@ KEYS: Final[tuple[Key, ...]] = (
     API_USE,
     API_JOBS,
     API_CHARGE,
+    RESPONSE,
     AIME_SESSION,
 )
 

@@ -13,14 +13,22 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from mixfleet_broker.errors import MixfleetError
-from mixfleet_broker.gateway import health, openai_chat, openai_models
+from mixfleet_broker.gateway import (
+    anthropic_messages,
+    health,
+    openai_chat,
+    openai_models,
+    responses,
+)
 from mixfleet_broker.gateway.aime import Aime
 from mixfleet_broker.gateway.aime_files import check_names, read_endpoints
 from mixfleet_broker.gateway.aime_routes import AimeRoutes
+from mixfleet_broker.gateway.anthropic_errors import anthropic_body, is_anthropic
 from mixfleet_broker.gateway.api_errors import ApiError, as_api_error
 from mixfleet_broker.gateway.caller import Gatekeeper, is_loopback
 from mixfleet_broker.gateway.fleet import Fleet
 from mixfleet_broker.gateway.guard import REQUEST_ID, ErrorBody, Guard
+from mixfleet_broker.gateway.responses_reading import Followers
 from mixfleet_broker.gateway.service import Service
 from mixfleet_broker.gateway.watch import JobWatch
 from mixfleet_broker.settings import Settings
@@ -44,10 +52,12 @@ def create_app(settings: Settings) -> FastAPI:
         service = Service(settings=settings, fleet=fleet, gate=gate, watch=JobWatch([gate]))
         app.state.service = service
         app.state.aime = Aime(service, described)
+        app.state.followers = Followers()
         try:
             yield
         finally:
             app.state.aime.close()
+            await app.state.followers.close()
             await fleet.close()
 
     app = FastAPI(
@@ -58,6 +68,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.include_router(openai_chat.router)
     app.include_router(openai_models.router)
+    app.include_router(responses.router)
+    app.include_router(anthropic_messages.router)
     app.include_router(health.router)
     taken = {getattr(route, "path", "/").split("/")[1] for route in app.routes}
     check_names(described or (), taken | {"api"})
@@ -83,9 +95,9 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def error_body(path: str) -> ErrorBody:  # noqa: ARG001
+def error_body(path: str) -> ErrorBody:
     """Return how errors look to the clients of a path."""
-    return _openai_body
+    return anthropic_body if is_anthropic(path) else _openai_body
 
 
 def _openai_body(error: ApiError, _request_id: str) -> dict[str, Any]:

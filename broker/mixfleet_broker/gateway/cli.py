@@ -1,5 +1,6 @@
 """``mixfleet gateway``: HTTP in front of the queue."""
 
+import sys
 from typing import Any, Final
 
 import click
@@ -14,6 +15,7 @@ from mixfleet_broker.gateway.connection_guard import GuardedProtocol
 from mixfleet_broker.options import setting_options
 from mixfleet_broker.settings import Settings
 
+_TURN_S: Final = 0.001
 GATEWAY_SETTINGS: Final = (
     "redis",
     "data_dir",
@@ -48,6 +50,8 @@ def gateway(settings: Settings) -> None:
     none; elsewhere `mixfleet key create` must come first.
     """
     check_exposure(settings)
+    # The event loop gets its turn soon after a thread that read from Redis has begun.
+    sys.setswitchinterval(_TURN_S)
     host, _, port = settings.listen.rpartition(":")
     config = uvicorn.Config(
         create_app(settings),

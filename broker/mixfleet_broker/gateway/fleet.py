@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final, ParamSpec, TypeVar
 
 from redis import Redis
@@ -17,6 +18,8 @@ from mixfleet_broker.connection import connect, find_redis_url
 from mixfleet_broker.errors import BrokerError, UnknownModelError
 from mixfleet_broker.gateway.cached import Cached
 from mixfleet_broker.gateway.hub import Hub, Subscription
+from mixfleet_broker.inquiries import ask
+from mixfleet_broker.inquiry_codec import Inquiry, InquiryAnswer
 from mixfleet_broker.jobs import JobRow, find_job
 from mixfleet_broker.messages import ChatJob
 from mixfleet_broker.overview import ModelStatus, model_statuses
@@ -30,8 +33,11 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-NUM_THREADS: Final = 32
-"""Calls of Redis at a time; each takes well under a millisecond on a near server."""
+NUM_THREADS: Final = 8
+"""Calls of Redis at a time; each takes well under a millisecond on a near server, and more threads
+would only stand in each other's way."""
+NUM_ASKERS: Final = 16
+"""Questions to workers at a time; each may wait for seconds."""
 FRESH_S: Final = 1.0
 """How old what is known of models and workers may be."""
 _HOUSEKEEPING_S: Final = 5.0
@@ -58,6 +64,7 @@ class Fleet:
         self.redis = connect(url, stop=self._stop)
         self._patient = connect(url, patience_s=None, stop=self._stop)
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="redis")
+        self._askers = ThreadPoolExecutor(NUM_ASKERS, thread_name_prefix="ask")
         self.hub = Hub(self._patient, prefix=self.prefix)
         self._attended: set[str] = set()
         self._statuses: Cached[list[ModelStatus]] = Cached(self._read_statuses, FRESH_S)
@@ -76,6 +83,11 @@ class Fleet:
     async def with_redis(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Return ``function(redis, *args, prefix=..., **kwargs)``, run on a thread of the pool."""
         return await self.call(function, self.redis, *args, prefix=self.prefix, **kwargs)
+
+    async def ask(self, model: str, inquiry: Inquiry, timeout_s: float) -> InquiryAnswer:
+        """Return what a worker of the model answers; raises as :func:`inquiries.ask` does."""
+        question = partial(ask, self.redis, model, inquiry, timeout_s, prefix=self.prefix)
+        return await asyncio.get_running_loop().run_in_executor(self._askers, question)
 
     async def submit(self, job: ChatJob, terms: JobTerms, rules: QueueRules | None = None) -> int:
         """Queue ``job`` and return how many jobs are before it; see ``JobQueue.submit``."""
@@ -148,7 +160,8 @@ class Fleet:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._stop.set()
         self.hub.stop()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._threads, self._askers):
+            pool.shutdown(wait=False, cancel_futures=True)
         self.redis.close()
         self._patient.close()
 

@@ -54,13 +54,14 @@ class Subscription:
     async def next(self, timeout_s: float) -> list[Arrival]:
         """Return all that has come, at least one event; nothing if none came in time."""
         if not self._arrived:
-            self._waiter = asyncio.get_running_loop().create_future()
+            # By hand: this is the way of every chunk, and asyncio.timeout costs as much as it.
+            loop = asyncio.get_running_loop()
+            self._waiter = waiter = loop.create_future()
+            timer = loop.call_later(timeout_s, _wake, waiter)
             try:
-                async with asyncio.timeout(timeout_s):
-                    await self._waiter
-            except TimeoutError:
-                return []
+                await waiter
             finally:
+                timer.cancel()
                 self._waiter = None
         arrived = list(self._arrived)
         self._arrived.clear()
@@ -86,8 +87,8 @@ class Subscription:
             if job_id not in self._after:
                 return
             self._take(job_id, entry)
-        if self._waiter is not None and not self._waiter.done() and self._arrived:
-            self._waiter.set_result(None)
+        if self._waiter is not None and self._arrived:
+            _wake(self._waiter)
         if len(self._arrived) >= MAX_WAITING:
             for name, reader in self._readers.items():
                 reader.remove(name)
@@ -260,6 +261,11 @@ class _Reader(threading.Thread):
 def _deliver(arrived: Iterable[tuple[Subscription, str, Iterable[Any]]]) -> None:
     for subscription, job_id, entries in arrived:
         subscription.deliver(job_id, entries)
+
+
+def _wake(waiter: "asyncio.Future[None]") -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 def _place(event_id: str) -> tuple[int, int]:

@@ -20,7 +20,6 @@ from mixfleet_broker.gateway.api_errors import ApiError, as_api_error
 from mixfleet_broker.gateway.caller import Caller, Gatekeeper, rate_limit_headers
 from mixfleet_broker.gateway.fleet import Fleet
 from mixfleet_broker.gateway.watch import JobWatch
-from mixfleet_broker.inquiries import ask
 from mixfleet_broker.inquiry_codec import CheckJob, Inquiry, InquiryAnswer
 from mixfleet_broker.job_codec import encode_job
 from mixfleet_broker.messages import ChatJob, new_job_id
@@ -53,7 +52,7 @@ class Service:
 
     async def ask(self, model: str, inquiry: Inquiry, timeout_s: float = 10.0) -> InquiryAnswer:
         """Return what a worker of the model answers; raises what :func:`inquiries.ask` raises."""
-        return await self.fleet.with_redis(ask, model, inquiry, timeout_s)
+        return await self.fleet.ask(model, inquiry, timeout_s)
 
     async def begin(
         self,
