@@ -22,6 +22,7 @@ from mixfleet_broker.flush import Flush
 from mixfleet_broker.inquiries import InquiryBox, ask
 from mixfleet_broker.inquiry_codec import InquiryAnswer, TokenizeText, encode_answer
 from mixfleet_broker.key_records import KeyTerms, Limits
+from mixfleet_broker.key_sessions import KeySessions
 from mixfleet_broker.keys import (
     API_CHARGE,
     API_JOBS,
@@ -320,6 +321,8 @@ def test_a_gateway_knows_and_charges_keys_and_makes_none(
     assert limits.refund(record, admission) == 1
     limits.admit(record, ["c"], 10)
     assert limits.settle(record, {"c": 5}) == 1
+    sessions = KeySessions(user, prefix=prefix)
+    assert sessions.find(sessions.open(secret)) == record
     for call in (
         lambda: keys.create(KeyTerms(name="y")),
         lambda: keys.rotate(record.key_id),
@@ -341,9 +344,12 @@ def test_clients_and_workers_see_nothing_of_keys(
     own, keys, limits = ApiKeys(admin), ApiKeys(user), KeyLimits(user)
     record, secret = own.create(KeyTerms(name="x", limits=EVERY_LIMIT))
     KeyLimits(admin).admit(record, ["a"], 10)
+    session = KeySessions(admin).open(secret)
     before = admin.dbsize()
     for call in (
         lambda: keys.find(secret),
+        lambda: KeySessions(user).open(secret),
+        lambda: KeySessions(user).find(session),
         lambda: keys.all(),
         lambda: any_keys(user),
         lambda: keys.create(KeyTerms(name="y")),

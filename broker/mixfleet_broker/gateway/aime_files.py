@@ -7,7 +7,7 @@ worker needs none.
 import logging
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -61,6 +61,23 @@ def read_endpoints(path: Path) -> tuple[Endpoint, ...]:
         found[endpoint.name] = file
         endpoints.append(endpoint)
     return tuple(endpoints)
+
+
+def check_names(endpoints: Sequence[Endpoint], taken: Collection[str]) -> None:
+    """Raise unless every endpoint can be reached: other routes come first.
+
+    Args:
+        endpoints: Of files.
+        taken: First parts of the paths of other routes.
+
+    Raises:
+        ConfigError: One is called like a path of the gateway's own.
+    """
+    for endpoint in endpoints:
+        if endpoint.name in taken:
+            raise ConfigError(
+                f"ENDPOINT.name={endpoint.name!r}: /{endpoint.name} is a path of the gateway's own"
+            )
 
 
 def read_endpoint(file: Path) -> Endpoint:

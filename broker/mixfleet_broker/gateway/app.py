@@ -25,7 +25,7 @@ from mixfleet_broker.gateway import (
     sse,
 )
 from mixfleet_broker.gateway.aime import Aime
-from mixfleet_broker.gateway.aime_files import read_endpoints
+from mixfleet_broker.gateway.aime_files import check_names, read_endpoints
 from mixfleet_broker.gateway.aime_routes import AimeRoutes
 from mixfleet_broker.gateway.anthropic_errors import anthropic_body, is_anthropic
 from mixfleet_broker.gateway.api_errors import ApiError, as_api_error
@@ -85,6 +85,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(jobs.router)
     app.include_router(health.router)
     app.include_router(metrics.router)
+    taken = {getattr(route, "path", "/").split("/")[1] for route in app.routes}
+    check_names(described or (), taken | {"api"})
     app.router.default = AimeRoutes(app.router.default)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(MixfleetError, _on_mixfleet_error)
