@@ -13,7 +13,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from mixfleet_broker.errors import MixfleetError
-from mixfleet_broker.gateway import health, openai_chat, openai_models
+from mixfleet_broker.gateway import (
+    health,
+    openai_chat,
+    openai_completions,
+    openai_models,
+    tokens,
+)
 from mixfleet_broker.gateway.api_errors import ApiError, as_api_error
 from mixfleet_broker.gateway.caller import Gatekeeper, is_loopback
 from mixfleet_broker.gateway.fleet import Fleet
@@ -47,6 +53,8 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     app.include_router(openai_chat.router)
+    app.include_router(openai_completions.router)
+    app.include_router(tokens.router)
     app.include_router(openai_models.router)
     app.include_router(health.router)
     app.add_exception_handler(ApiError, _on_api_error)
