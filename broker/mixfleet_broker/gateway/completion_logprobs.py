@@ -26,11 +26,18 @@ class LogprobLists:
     def _take_offset(self, token: bytes) -> int:
         """Return where the token begins in the answer, in characters.
 
-        ``é`` of two tokens and then ``a``: 0, 0, 1.
+        ``é`` of two tokens and then ``a``: 0, 0, 1. The first half alone and then ``a``: 0, 1, as
+        the text has a replacement character for it.
         """
         offset = self._offset
+        is_broken_off = self._decoder.getstate()[0] and token and not _continues(token[0])
         self._offset += len(self._decoder.decode(token))
-        return offset
+        return offset + 1 if is_broken_off else offset
+
+
+def _continues(byte: int) -> bool:
+    """Whether a byte of UTF-8 goes on with a character that others have begun."""
+    return 0x80 <= byte < 0xC0
 
 
 def token_text(token: bytes) -> str:
