@@ -79,19 +79,25 @@ _READING: Final = (
     Grant("hgetall", (keys.WORKER,)),
 )
 
-_KEY_RECORDS: Final = (keys.API_KEYS, keys.API_KEY, keys.API_SECRET)
+_KEY_RECORDS: Final = (keys.API_KEYS, keys.API_KEY, keys.API_SECRET, keys.AIME_SESSION)
 _KEY_USE: Final = (keys.API_USE, keys.API_JOBS, keys.API_CHARGE)
-_OF_QUEUES: Final = tuple(key for key in KEYS if key not in (*_KEY_RECORDS, *_KEY_USE))
+_OF_QUEUES: Final = tuple(
+    key for key in KEYS if key not in (*_KEY_RECORDS, *_KEY_USE, keys.RESPONSE)
+)
 
 _ADMITTING: Final = (
     Grant("exists", (keys.API_KEYS,)),
     Grant("hgetall", (keys.API_KEY,)),
     Grant("get", (keys.API_SECRET,)),
+    Grant("get set", (keys.AIME_SESSION,)),
     Grant("evalsha hget hmget hset expire", (keys.API_USE,)),
     Grant("zadd zcard zrange zrem expire", (keys.API_JOBS,)),
     Grant("get set del", (keys.API_CHARGE,)),
 )
 """What it takes to know API keys and to charge them, and not to make or change one."""
+
+_RESPONSES: Final = (Grant("get set del", (keys.RESPONSE,)),)
+"""Of HTTP clients, so nobody but gateways sees them."""
 
 _KEEPING_KEYS: Final = (
     Grant("zadd zrange zrem", (keys.API_KEYS,)),
@@ -128,7 +134,7 @@ ROLES: Final[tuple[Role, ...]] = (
         meaning="does so for many, looks after the queue, gives workers orders, charges API keys; "
         "claims nothing",
         keyless=f"{_CONNECTION} info multi exec",
-        grants=(Grant(_ANY_STATE, _OF_QUEUES), *_ADMITTING, *_ASKING),
+        grants=(Grant(_ANY_STATE, _OF_QUEUES), *_ADMITTING, *_ASKING, *_RESPONSES),
     ),
     Role(
         name="worker",

@@ -83,9 +83,10 @@ class ApiKeys:
         Raises:
             MessageError: There is such a key, and its record cannot be read.
         """
-        if not is_secret(secret):
-            return None
-        digest = digest_of(secret)
+        return self.find_digest(digest_of(secret)) if is_secret(secret) else None
+
+    def find_digest(self, digest: str) -> KeyRecord | None:
+        """Do as :meth:`find`, for a secret of which only the digest is known."""
         with redis_errors(), self._redis.pipeline(transaction=False) as pipeline:
             pipeline.get(API_SECRET(digest, prefix=self._prefix))
             pipeline.time()

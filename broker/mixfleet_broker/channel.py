@@ -7,7 +7,7 @@ run number: from that event on the worker is fenced.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -145,7 +145,7 @@ def delivered_tokens(redis: Redis, job_id: str, *, prefix: str = "") -> tuple[in
         MessageError: A chunk is not of the schema, or does not follow the one before.
     """
     token_ids: list[int] = []
-    for _, event in _all_events(redis, job_id, prefix):
+    for _, event in all_events(redis, job_id, prefix=prefix):
         if not isinstance(event, TokenChunk):
             continue
         if event.num_tokens != len(token_ids) + len(event.token_ids):
@@ -167,7 +167,8 @@ def ended(redis: Redis, job_id: str, *, prefix: str = "") -> JobEnd | None:
     return event if isinstance(event, JobEnd) else None
 
 
-def _all_events(redis: Redis, job_id: str, prefix: str) -> Iterable[tuple[str, JobEvent]]:
+def all_events(redis: Redis, job_id: str, *, prefix: str = "") -> list[tuple[str, JobEvent]]:
+    """Return all events of a job so far; none where it has no channel."""
     with redis_errors():
         entries = redis.xrange(CHANNEL(check_job_id(job_id), prefix=prefix))
     return [decode_entry(entry) for entry in entries or ()]

@@ -450,6 +450,26 @@ API_CHARGE: Final = Key(
     meaning="what a job was charged: key id, tokens, day, ms, level of the minute's tokens with "
     "it, and that of its requests if the request was charged with it",
 )
+AIME_SESSION: Final = Key(
+    name="aime_session",
+    template="mixfleet:aime_session:{digest}",
+    type="string",
+    writers="key_sessions.py, at a login of AIME's clients",
+    lifetime="1 day; it opens nothing once its API key opens nothing",
+    meaning="the SHA-256 of the secret that logged in, by that of the session's own key",
+)
+
+# Stored responses, for gateways
+
+RESPONSE: Final = Key(
+    name="response",
+    template="mixfleet:response:{job_id}",
+    type="string",
+    writers="responses_store.py",
+    lifetime="MIXFLEET_RESPONSE_TTL_S after the request, and once more after its end",
+    meaning="a response of `/v1/responses` (JSON): v, tenant, created_at, request (what the "
+    "response repeats of it), items (its input) and final (the response, once it has ended)",
+)
 
 KEYS: Final[tuple[Key, ...]] = (
     QUEUES,
@@ -499,6 +519,8 @@ KEYS: Final[tuple[Key, ...]] = (
     API_USE,
     API_JOBS,
     API_CHARGE,
+    RESPONSE,
+    AIME_SESSION,
 )
 
 

@@ -172,11 +172,15 @@ def test_best_of_all_choices_is_all_choices(client: OpenAI) -> None:
     assert len(whole(client, prompt=PROMPT, n=2, best_of=2, suffix="").choices) == 2
 
 
-def test_one_prompt_too_long_refuses_the_request(client: OpenAI) -> None:
+def test_one_prompt_too_long_refuses_the_request_and_nothing_is_queued(
+    client: OpenAI, fleet: GatewayProcess
+) -> None:
+    before = fleet.log.count("state=failed")
     with pytest.raises(openai.BadRequestError) as caught:
         whole(client, prompt=[PROMPT, "words " * 200])
     assert caught.value.code == "context_length_exceeded"
     assert str(CONTEXT_LENGTH) in caught.value.message
+    assert fleet.log.count("state=failed") == before
 
 
 def test_an_unknown_model_is_not_found(client: OpenAI) -> None:

@@ -4,6 +4,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,13 @@ from mixfleet_broker.orders import give_order, withdraw_order
 from mixfleet_broker.overview import model_statuses
 from mixfleet_broker.queue import CancelOutcome, JobQueue
 from mixfleet_broker.registry import Registration, WorkerRecord, models, workers
+from mixfleet_broker.responses_store import (
+    StoredResponse,
+    create_response,
+    delete_response,
+    end_response,
+    find_response,
+)
 from mixfleet_broker.terms import PRIORITIES, JobTerms, QueueRules
 from support.queue_jobs import DONE, MODEL, chat_job, chunk, end_all_leases
 from support.redis_server import RedisServer
@@ -348,6 +356,25 @@ def test_clients_and_workers_see_nothing_of_keys(
     ):
         assert refused(call)
     assert admin.dbsize() == before
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+def test_a_gateway_keeps_responses_and_nobody_else_sees_them(
+    admin: Redis, connected: Callable[[str], Redis], prefix: str
+) -> None:
+    assert admin.ping()
+    team = "team-" if prefix else "mixfleet-"
+    record = StoredResponse(
+        job_id="j1", tenant="t", created_at=1, request={"model": MODEL}, items=[]
+    )
+    gateway = connected(f"{team}gateway")
+    create_response(gateway, record, 60, prefix=prefix)
+    assert end_response(gateway, record, {}, 60, prefix=prefix)
+    for name in ("client", "worker", "keys"):
+        user = connected(f"{team}{name}")
+        assert refused(partial(find_response, user, "j1", prefix=prefix))
+        assert refused(partial(delete_response, user, "j1", prefix=prefix))
+    assert delete_response(gateway, "j1", prefix=prefix)
 
 
 @pytest.mark.parametrize("prefix", ["", PREFIX])

@@ -199,7 +199,13 @@ def _with_rest(chunks: list[TokenChunk], answer: _Answer) -> list[TokenChunk]:
         # Where the last token itself began another part, nothing of that can have been held back.
         return [*chunks[:-1], replace(chunks[-1], text=chunks[-1].text + rest)]
     return [
-        TokenChunk(num_tokens=answer.num_tokens, text=rest, token_ids=(), part=answer.text.part)
+        TokenChunk(
+            num_tokens=answer.num_tokens,
+            text=rest,
+            token_ids=(),
+            part=answer.text.part,
+            num_prompt_tokens=None if answer.has_begun else answer.num_prompt_tokens,
+        )
     ]
 
 

@@ -15,8 +15,8 @@ def wire_logprobs(
 
     Args:
         tokenizer: The model's.
-        token_ids: The chunk's tokens; some of ``found`` may be of later ones, which are not told.
-        found: What the engine says, from the first token on; empty when the job did not ask.
+        token_ids: The chunk's tokens.
+        found: What the engine says of each of them; empty when the job did not ask.
     """
     if not found:
         return ()
@@ -26,7 +26,7 @@ def wire_logprobs(
             logprob=_bounded(one.logprob),
             top=tuple((_named(tokenizer, other), _bounded(value)) for other, value in one.top),
         )
-        for token_id, one in zip(token_ids, found[: len(token_ids)], strict=True)
+        for token_id, one in zip(token_ids, found, strict=True)
     )
 
 

@@ -6,9 +6,9 @@ when a queue is full, a reader goes away, a worker dies or a job fails is decide
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from starlette.types import Receive
 
@@ -32,6 +32,8 @@ from mixfleet_broker.records import JobInfo
 from mixfleet_broker.terms import JobTerms, QueueRules
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LOOK_S: Final = 1.0
 """How often a waiting job's place in the queue is looked up, while few of them wait."""
@@ -286,12 +288,22 @@ class Answer:
 
 
 async def collect_or_leave(answer: Answer, receive: Receive) -> list[Choice]:
-    """Return the whole answers, unless the client goes away before; then leave the jobs.
+    """Return the whole answers, as :func:`or_leave` does.
 
     Raises:
-        ApiError: As :meth:`Answer.collect`; or 499, which nobody reads, once the client is gone.
+        ApiError: As :meth:`Answer.collect` and :func:`or_leave`.
     """
-    collecting = asyncio.ensure_future(answer.collect())
+    return await or_leave(answer, answer.collect(), receive)
+
+
+async def or_leave(answer: Answer, collect: Coroutine[Any, Any, T], receive: Receive) -> T:
+    """Return what ``collect`` makes of an answer, unless the client goes away before it is done.
+
+    Raises:
+        ApiError: As ``collect``; or 499, which nobody reads, once the client is gone. The jobs
+            are left in any case.
+    """
+    collecting = asyncio.ensure_future(collect)
     gone = asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait({collecting, gone}, return_when=asyncio.FIRST_COMPLETED)

@@ -14,16 +14,23 @@ from starlette.responses import JSONResponse, Response
 
 from mixfleet_broker.errors import MixfleetError
 from mixfleet_broker.gateway import (
+    anthropic_messages,
     health,
     openai_chat,
     openai_completions,
     openai_models,
+    responses,
     tokens,
 )
+from mixfleet_broker.gateway.aime import Aime
+from mixfleet_broker.gateway.aime_files import read_endpoints
+from mixfleet_broker.gateway.aime_routes import AimeRoutes
+from mixfleet_broker.gateway.anthropic_errors import anthropic_body, is_anthropic
 from mixfleet_broker.gateway.api_errors import ApiError, as_api_error
 from mixfleet_broker.gateway.caller import Gatekeeper, is_loopback
 from mixfleet_broker.gateway.fleet import Fleet
 from mixfleet_broker.gateway.guard import REQUEST_ID, ErrorBody, Guard
+from mixfleet_broker.gateway.responses_reading import Followers
 from mixfleet_broker.gateway.service import Service
 from mixfleet_broker.gateway.watch import JobWatch
 from mixfleet_broker.settings import Settings
@@ -32,18 +39,26 @@ logger = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Return the application; it connects to Redis when it is started."""
+    """Return the application; it connects to Redis when it is started.
+
+    Raises:
+        ConfigError: An endpoint file of AIME's form cannot be used.
+    """
+    described = read_endpoints(settings.aime_endpoints) if settings.aime_endpoints else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         fleet = Fleet(settings)
         gate = Gatekeeper(fleet, settings)
-        app.state.service = Service(
-            settings=settings, fleet=fleet, gate=gate, watch=JobWatch([gate])
-        )
+        service = Service(settings=settings, fleet=fleet, gate=gate, watch=JobWatch([gate]))
+        app.state.service = service
+        app.state.aime = Aime(service, described)
+        app.state.followers = Followers()
         try:
             yield
         finally:
+            app.state.aime.close()
+            await app.state.followers.close()
             await fleet.close()
 
     app = FastAPI(
@@ -56,7 +71,10 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(openai_completions.router)
     app.include_router(tokens.router)
     app.include_router(openai_models.router)
+    app.include_router(responses.router)
+    app.include_router(anthropic_messages.router)
     app.include_router(health.router)
+    app.router.default = AimeRoutes(app.router.default)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(MixfleetError, _on_mixfleet_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
@@ -78,9 +96,9 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def error_body(path: str) -> ErrorBody:  # noqa: ARG001
+def error_body(path: str) -> ErrorBody:
     """Return how errors look to the clients of a path."""
-    return _openai_body
+    return anthropic_body if is_anthropic(path) else _openai_body
 
 
 def _openai_body(error: ApiError, _request_id: str) -> dict[str, Any]:

@@ -117,7 +117,14 @@ class Gatekeeper(JobObserver):
                 kind="authentication_error",
                 code="missing_api_key",
             )
-        record = await self._fleet.call(self._cache.find, shown)
+        return self.caller_of(await self._fleet.call(self._cache.find, shown), scope)
+
+    def caller_of(self, record: KeyRecord | None, scope: Scope = "chat") -> Caller:
+        """Return who has a key that was found, None if none was.
+
+        Raises:
+            ApiError: As :meth:`caller`.
+        """
         if record is None or record.is_expired(time.time()):
             raise ApiError(
                 401,

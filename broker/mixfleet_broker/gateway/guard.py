@@ -19,6 +19,8 @@ from mixfleet_broker.gateway.api_errors import SERVER, ApiError, as_api_error
 logger = logging.getLogger(__name__)
 
 REQUEST_ID: Final = "x-request-id"
+ANTHROPIC_REQUEST_ID: Final = "request-id"
+"""The same, by the name under which Anthropic's clients look for it."""
 _GOOD_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LOCAL_HOSTS: Final = frozenset({"localhost", "127.0.0.1", "[::1]", "testserver"})
 
@@ -64,7 +66,8 @@ class Guard:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                MutableHeaders(scope=message).append(REQUEST_ID, request_id)
+                for name in (REQUEST_ID, ANTHROPIC_REQUEST_ID):
+                    MutableHeaders(scope=message).append(name, request_id)
             await send(message)
 
         try:

@@ -105,6 +105,7 @@ def test_json_prints_one_object(shell: Shell) -> None:
     printed = json.loads(result.stdout)
     assert printed["text"] == "Grüß dich"
     assert (printed["finish_reason"], printed["stop_string"]) == ("stop", "!")
+    assert "logprobs" not in printed
     assert printed["usage"] == {"prompt_tokens": 5, "completion_tokens": 2}
     assert printed["job_id"] == shell.sent[0].job_id
     assert "Grüß" in result.stdout

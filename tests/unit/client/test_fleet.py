@@ -58,6 +58,13 @@ def test_every_option_reaches_the_job() -> None:
         max_tokens=9,
         stop=["x", "y"],
         seed=0,
+        min_p=0.1,
+        repetition_penalty=1.2,
+        presence_penalty=0.0,
+        frequency_penalty=-1.0,
+        logit_bias={4: 2.0},
+        logprobs=5,
+        ignore_eos=True,
         job_id=job_id,
     )
     assert only_job(transport) == ChatJob(
@@ -69,7 +76,19 @@ def test_every_option_reaches_the_job() -> None:
             ChatMessage(role="assistant", content="b"),
         ),
         sampling=SamplingSettings(
-            temperature=0.0, top_k=3, top_p=0.5, max_tokens=9, stop=("x", "y"), seed=0
+            temperature=0.0,
+            top_k=3,
+            top_p=0.5,
+            max_tokens=9,
+            stop=("x", "y"),
+            seed=0,
+            min_p=0.1,
+            repetition_penalty=1.2,
+            presence_penalty=0.0,
+            frequency_penalty=-1.0,
+            logit_bias=((4, 2.0),),
+            logprobs=5,
+            ignore_eos=True,
         ),
     )
 
@@ -87,6 +106,14 @@ def test_complete_sends_plain_text() -> None:
     assert (job.prompt, job.messages) == ("Once ", ())
     assert job.sampling == SamplingSettings(temperature=0, seed=4)
     assert result.text == "upon a time"
+
+
+def test_complete_sends_tokens_as_they_are() -> None:
+    transport, clock = fleet(answer("upon a time"))
+    client_of(transport, clock).complete([7, 9], logit_bias={5: 1.0, 3: -2.0}, logprobs=0)
+    job = only_job(transport)
+    assert (job.prompt, job.prompt_token_ids) == (None, (7, 9))
+    assert job.sampling == SamplingSettings(logit_bias=((3, -2.0), (5, 1.0)), logprobs=0)
 
 
 def test_the_same_job_id_is_one_job() -> None:

@@ -500,17 +500,17 @@ def test_closing_writes_all_parts_of_an_answer_one_after_the_other() -> None:
     worker = Fixture(slots=3)
     lease = worker.take("a")
     writes = []
-    parts: tuple[AnswerPart, ...] = ("text", "tool_calls", "text")
+    parts: tuple[AnswerPart, ...] = ("text", "tool_calls") * 3
     for number, part in enumerate(parts, 1):
         write = chunk_write(lease, number, f"{number}")
         writes.append(replace(write, chunk=replace(write.chunk, part=part)))
-    end = an_end(lease, 4)
+    end = an_end(lease, 7)
     worker.mailboxes.to_io.put(StepReport(writes=(*writes, end), free_slots=0, num_taken=1))
     worker.mailboxes.to_io.put(Close())
     run_to_the_end(worker)
     job = worker.broker.jobs["a"]
-    assert job.token_ids == (1, 2, 3, 4)
-    assert [chunk.part for chunk in job.chunks] == list(parts)
+    assert job.token_ids == tuple(range(1, 8))
+    assert [chunk.part for chunk in job.chunks] == [*parts, "text"]
     assert len(job.ends) == 1
 
 

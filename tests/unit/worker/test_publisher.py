@@ -415,9 +415,19 @@ def test_calls_that_are_continued_in_mid_character_go_on_as_calls() -> None:
     assert found == [("tool_calls", "é", (second,)), ("tool_calls", "X", (88,))]
 
 
+def test_each_part_of_one_output_has_the_logprobs_of_its_own_tokens() -> None:
+    publisher = Publisher()
+    publisher.open(a_job(tool_calls_id=CALLS))
+    published = publisher.publish([with_logprobs(ord("a"), CALLS, *b"[{")], 2.0)
+    told = [[one.logprob for one in chunk_of(write).logprobs] for write in published.writes]
+    assert told == [[-9.7, -CALLS / 10], [-9.1, -12.3]]
+
+
 def test_an_end_without_new_tokens_shows_the_rest_of_its_own_part() -> None:
     publisher = Publisher()
     publisher.open(a_job(tool_calls_id=CALLS, delivered=(CALLS, 0xC3)))
     write = publish_one(publisher, tokens((), "stop"))
     assert isinstance(write, EndWrite)
-    assert write.chunk == TokenChunk(num_tokens=2, text="\ufffd", token_ids=(), part="tool_calls")
+    assert write.chunk == TokenChunk(
+        num_tokens=2, text="\ufffd", token_ids=(), part="tool_calls", num_prompt_tokens=3
+    )
