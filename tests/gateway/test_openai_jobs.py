@@ -84,6 +84,8 @@ def test_what_is_not_given_is_left_to_the_model(
     sampling = echo.jobs[0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.seed) == (None, None, None)
     assert sampling.max_tokens == (None if kind == "chat" else 16)
+    create(**request, max_tokens=None)
+    assert echo.jobs[1].sampling.max_tokens is None
 
 
 @KINDS

@@ -20,7 +20,8 @@ class CompletionBody(Sampling):
     """``POST /v1/completions``."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
-    # OpenAI's own default here; its chat completions have none.
+    # 16 is OpenAI's own default here; its chat completions have none. An explicit null lets the
+    # answer run to the end of the context, as vLLM has it.
     max_tokens: int | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool = False
