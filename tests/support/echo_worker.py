@@ -13,6 +13,7 @@ from mixfleet_broker.job_codec import (
     decode_job,
 )
 from mixfleet_broker.messages import (
+    ChatJob,
     JobEnd,
     TokenChunk,
     Usage,
@@ -65,6 +66,8 @@ class EchoWorker:
         self.go = threading.Event()
         self.lost: list[str] = []
         """Jobs that were taken away while it wrote their answer."""
+        self.jobs: list[ChatJob] = []
+        """What it was asked."""
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -75,6 +78,7 @@ class EchoWorker:
 
     def _answer(self, claimed: ClaimedJob) -> None:
         job = decode_job(claimed.payload)
+        self.jobs.append(job)
         text = job.prompt or job.messages[-1].content
         begin = len(delivered_tokens(self._redis, job.job_id))
         for number, character in enumerate(text[begin:], begin + 1):

@@ -20,9 +20,11 @@ from mixfleet_broker.gateway import (
     jobs,
     metrics,
     openai_chat,
+    openai_completions,
     openai_models,
     responses,
     sse,
+    tokens,
 )
 from mixfleet_broker.gateway.aime import Aime
 from mixfleet_broker.gateway.aime_files import check_names, read_endpoints
@@ -79,6 +81,8 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     app.include_router(openai_chat.router)
+    app.include_router(openai_completions.router)
+    app.include_router(tokens.router)
     app.include_router(openai_models.router)
     app.include_router(responses.router)
     app.include_router(anthropic_messages.router)

@@ -2,31 +2,23 @@
 
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from mixfleet_broker.gateway import sse
-from mixfleet_broker.gateway.answer import (
-    Answer,
-    Choice,
-    Happening,
-    Waiting,
-    collect_or_leave,
-)
-from mixfleet_broker.gateway.api_errors import ApiError, error_of_end
-from mixfleet_broker.gateway.openai_schema import ChatBody
+from mixfleet_broker.gateway.answer import Answer, Choice, collect_or_leave
+from mixfleet_broker.gateway.openai_schema import ChatBody, of_choice
 from mixfleet_broker.gateway.openai_shapes import (
     chat_logprobs,
     finish_reason,
     tool_call_values,
     usage_value,
-    waiting_comment,
 )
+from mixfleet_broker.gateway.openai_stream import stream_chunks
 from mixfleet_broker.gateway.service import Service, job_ids
-from mixfleet_broker.messages import ChatJob, JobEnd, SamplingSettings, TokenChunk, Usage
+from mixfleet_broker.messages import ChatJob, JobEnd, JobEvent, TokenChunk, Usage
 from mixfleet_broker.tool_call_text import (
     ArgumentsPiece,
     CallStarted,
@@ -69,13 +61,6 @@ def chat_jobs(body: ChatBody, ids: list[str]) -> list[ChatJob]:
     ]
 
 
-def of_choice(settings: SamplingSettings, index: int) -> SamplingSettings:
-    """Return the settings of one of several choices: a common seed would make them all equal."""
-    if settings.seed is None or index == 0:
-        return settings
-    return replace(settings, seed=(settings.seed + index) % 2**63)
-
-
 class _Reply:
     """What one request is answered with."""
 
@@ -83,9 +68,6 @@ class _Reply:
         self._body = body
         self._jobs = jobs
         self._created = int(time.time())
-        # Most chunks differ in their text alone, and writing all of one as JSON is half its cost.
-        head = sse.dumps(self._head("chat.completion.chunk")).removesuffix("}")
-        self._before = f'data: {head},"choices":[{{"index":'.encode(errors="backslashreplace")
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
         """Return the one object of a request that is not streamed."""
@@ -95,38 +77,11 @@ class _Reply:
             "usage": usage_value([choice.usage for choice in choices]),
         }
 
-    async def stream(self, answer: Answer) -> AsyncIterator[bytes]:
-        """Iterate over the events of a stream."""
+    def stream(self, answer: Answer) -> AsyncIterator[bytes]:
+        """Return the events of a stream."""
         deltas = [_Deltas(self._body, job.job_id, index) for index, job in enumerate(self._jobs)]
         head = self._head("chat.completion.chunk")
-        try:
-            yield b"".join(sse.data({**head, "choices": [d.first()]}) for d in deltas)
-            async for batch in answer.happenings():
-                pieces = [self._piece(head, deltas, happening) for happening in batch]
-                yield b"".join(pieces) if pieces else sse.KEEP_ALIVE
-            if self._body.stream_options and self._body.stream_options.include_usage:
-                usage = usage_value([d.usage for d in deltas])
-                yield sse.data({**head, "choices": [], "usage": usage})
-            yield sse.DONE
-        except ApiError as error:
-            await answer.cancel("another choice of the request failed")
-            yield sse.data(error.openai_body())
-        finally:
-            await answer.leave()
-
-    def _piece(self, head: dict[str, Any], deltas: list["_Deltas"], happening: Happening) -> bytes:
-        what = happening.what
-        if isinstance(what, Waiting):
-            return waiting_comment(what.info)
-        if isinstance(what, JobEnd):
-            failure = error_of_end(what, self._jobs[happening.index].job_id)
-            if failure is not None:
-                raise failure
-        plain = deltas[happening.index].plain_text(what)
-        if plain is not None:
-            return self._before + plain
-        choices = deltas[happening.index].take(what)
-        return b"".join(sse.data({**head, "choices": [choice]}) for choice in choices)
+        return stream_chunks(answer, self._body, head, deltas, usage_value)
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
@@ -168,7 +123,7 @@ class _Deltas:
         """Return the choice of the first chunk, which alone says the role."""
         return self._choice({"role": "assistant", "content": ""})
 
-    def plain_text(self, what: object) -> bytes | None:
+    def plain_text(self, what: JobEvent) -> bytes | None:
         """Return the rest of a chunk, after ``"index":``, of text and nothing else; else None."""
         if not isinstance(what, TokenChunk) or what.part != "text" or self._body.logprobs:
             return None
@@ -177,7 +132,7 @@ class _Deltas:
         delta = f'{self._index},"delta":{{"content":{sse.dumps(what.text)}}}'
         return f'{delta},"logprobs":null,"finish_reason":null}}]}}\n\n'.encode()
 
-    def take(self, what: object) -> list[dict[str, Any]]:
+    def take(self, what: JobEvent) -> list[dict[str, Any]]:
         """Return the choices that an event gives, one for each chunk."""
         if isinstance(what, JobEnd):
             self.usage = what.usage or self.usage

@@ -5,6 +5,7 @@ that change nothing about an answer may be ignored.
 """
 
 import json
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -261,6 +262,18 @@ class ChatBody(Sampling):
         if isinstance(self.tool_choice, NamedTool):
             return f"={self.tool_choice.function.name}"
         return self.tool_choice or "auto"
+
+
+def of_choice(settings: SamplingSettings, index: int) -> SamplingSettings:
+    """Return the settings of one of several choices: a common seed would make them all equal."""
+    if settings.seed is None or index == 0:
+        return settings
+    return replace(settings, seed=(settings.seed + index) % 2**63)
+
+
+def unsupported(param: str, text: str) -> ApiError:
+    """Return the refusal of a known parameter that cannot be had as it is given."""
+    return ApiError(400, f"{param}: {text}", code="unsupported_value", param=param)
 
 
 def text_of(content: str | list[TextPart] | None) -> str:

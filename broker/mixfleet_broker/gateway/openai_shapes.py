@@ -9,9 +9,16 @@ from mixfleet_broker.records import JobInfo
 from mixfleet_broker.tool_call_text import parse_tool_calls
 
 
-def usage_value(usages: Sequence[Usage]) -> dict[str, int]:
-    """Return the usage of a request: the prompt counts once, however many choices it has."""
-    prompt = max((usage.prompt_tokens for usage in usages), default=0)
+def usage_value(usages: Sequence[Usage], per_prompt: int | None = None) -> dict[str, int]:
+    """Return the usage of a request: a prompt counts once, however many choices it has.
+
+    Args:
+        usages: Of the choices, in order.
+        per_prompt: Choices of each prompt; None: there is one prompt.
+    """
+    n = per_prompt or max(1, len(usages))
+    prompts = (usages[begin : begin + n] for begin in range(0, len(usages), n))
+    prompt = sum(max(usage.prompt_tokens for usage in choices) for choices in prompts)
     completion = sum(usage.completion_tokens for usage in usages)
     return {
         "prompt_tokens": prompt,

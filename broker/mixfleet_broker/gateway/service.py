@@ -1,5 +1,6 @@
 """What all dialects share: from a checked request to jobs in the queue, on the caller's terms."""
 
+import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -83,14 +84,13 @@ class Service:
             await self.fleet.check_model(model)
             terms = _terms(request, caller, priority)
             leaving = on_disconnect or _on_disconnect(request, self.settings)
-            payload = encode_job(jobs[0])
             context_length = await self.fleet.context_length(model)
-            if _needs_check(jobs[0], payload, context_length):
-                await self._check(model, payload)
+            each = _one_of_each_prompt(jobs)
+            await asyncio.gather(*(self._check(job, context_length) for job in each))
         except MixfleetError as error:
             raise as_api_error(error) from error
         job_ids = [job.job_id for job in jobs]
-        tokens = _most_tokens(jobs[0], context_length)
+        tokens = max(_most_tokens(job, context_length) for job in each)
         try:
             admission = await self.gate.charge(caller, job_ids, tokens)
         except ApiError as error:
@@ -116,10 +116,12 @@ class Service:
             raise
         return answer
 
-    async def _check(self, model: str, payload: bytes) -> None:
+    async def _check(self, job: ChatJob, context_length: int | None) -> None:
         """Ask a worker if it would take a job; where none says so in time, the job's own will."""
-        with suppress(NoWorkerError, InquiriesFullError, InquiryTimeoutError):
-            await self.ask(model, CheckJob(payload=payload), _CHECK_S)
+        payload = encode_job(job)
+        if _needs_check(job, payload, context_length):
+            with suppress(NoWorkerError, InquiriesFullError, InquiryTimeoutError):
+                await self.ask(job.model, CheckJob(payload=payload), _CHECK_S)
 
     async def begin_stream(
         self,
@@ -214,6 +216,11 @@ def _on_disconnect(request: Request, settings: Settings) -> Disconnect:
     if given not in ("cancel", "continue"):
         raise MessageError(f"{ON_DISCONNECT}={given[:20]!r}: must be cancel or continue")
     return cast("Disconnect", given)
+
+
+def _one_of_each_prompt(jobs: Sequence[ChatJob]) -> list[ChatJob]:
+    """Return the jobs whose prompts differ: choices of one prompt fit or fail together."""
+    return list({(job.messages, job.prompt, job.prompt_token_ids): job for job in jobs}.values())
 
 
 def _needs_check(job: ChatJob, payload: bytes, context_length: int | None) -> bool:
