@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -11,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
 from mixfleet_broker.errors import MixfleetError
 from mixfleet_broker.gateway import (
@@ -56,7 +58,7 @@ def create_app(settings: Settings) -> FastAPI:
         try:
             yield
         finally:
-            app.state.aime.close()
+            await app.state.aime.close()
             await app.state.followers.close()
             await fleet.close()
 
@@ -71,8 +73,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(responses.router)
     app.include_router(anthropic_messages.router)
     app.include_router(health.router)
-    taken = {getattr(route, "path", "/").split("/")[1] for route in app.routes}
-    check_names(described or (), taken | {"api"})
+    check_names(described or (), partial(_is_taken, app))
     app.router.default = AimeRoutes(app.router.default)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(MixfleetError, _on_mixfleet_error)
@@ -93,6 +94,11 @@ def create_app(settings: Settings) -> FastAPI:
         error_body=error_body,
     )
     return app
+
+
+def _is_taken(app: FastAPI, path: str) -> bool:
+    scope = {"type": "http", "method": "GET", "path": path, "root_path": "", "headers": []}
+    return any(route.matches(scope)[0] != Match.NONE for route in app.router.routes)
 
 
 def error_body(path: str) -> ErrorBody:
