@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mixfleet_broker import errors
+from mixfleet_broker.gateway.metric_names import metrics_markdown
 from mixfleet_broker.keys import KEYS
 from mixfleet_broker.redis_url_options import options_markdown
 from mixfleet_broker.settings import settings_markdown
@@ -45,6 +46,7 @@ def _error_classes(kind: type[errors.MixfleetError]) -> Iterator[type[errors.Mix
 TABLES: dict[str, Callable[[], str]] = {
     "errors": errors_markdown,
     "keys": keys_markdown,
+    "metrics": metrics_markdown,
     "redis_options": options_markdown,
     "settings": settings_markdown,
 }

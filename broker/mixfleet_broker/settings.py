@@ -293,6 +293,12 @@ class Settings:
     )
 
 
+_TRACES_ENDPOINTS: Final = (
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """One row of the table."""
@@ -425,3 +431,13 @@ def settings_markdown() -> str:
         flag = f"`{setting.flag} {setting.kind.metavar}`".replace("|", "\\|")
         lines.append(f"| {flag} | {variables} | {setting.default} | {setting.help} |")
     return "\n".join(lines) + "\n"
+
+
+def traces_exporter(environ: Mapping[str, str] | None = None) -> str | None:
+    """Return where OpenTelemetry's own variables send traces; None if they ask for none."""
+    environ = os.environ if environ is None else environ
+    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    default = "otlp" if any(environ.get(name) for name in _TRACES_ENDPOINTS) else "none"
+    exporter = environ.get("OTEL_TRACES_EXPORTER") or default
+    return None if exporter == "none" else exporter

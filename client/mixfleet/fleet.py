@@ -28,6 +28,7 @@ from mixfleet_broker.messages import (
 from mixfleet_broker.records import JobInfo
 from mixfleet_broker.settings import Settings, resolve
 from mixfleet_broker.terms import JobTerms, Priority
+from mixfleet_broker.traceparent import current_traceparent
 
 OnDisconnect = Literal["continue", "cancel"]
 
@@ -160,6 +161,8 @@ class Client:
             tools=tools_of(tools),
             tool_choice=tool_choice_of(tool_choice),
             output_format=output_format_of(response_format),
+            # Sent twice under an id of the caller's it must be the same job, in whatever span.
+            traceparent=None if job_id else current_traceparent(),
             sampling=sampling,
         )
         terms = self._terms(priority, start_within_s, finish_within_s, on_disconnect)
@@ -215,6 +218,7 @@ class Client:
             model=self.choose_model(model),
             prompt=prompt if isinstance(prompt, str) else None,
             prompt_token_ids=() if isinstance(prompt, str) else tuple(prompt),
+            traceparent=None if job_id else current_traceparent(),
             sampling=sampling,
         )
         terms = self._terms(priority, start_within_s, finish_within_s, on_disconnect)

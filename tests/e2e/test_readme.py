@@ -23,6 +23,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         **os.environ,
         "MIXFLEET_DATA_DIR": str(data_dir),
         "MIXFLEET_CONFIG": str(data_dir / "no.toml"),
+        "MIXFLEET_LISTEN": "127.0.0.1:0",
     }
     (data_dir / "no.toml").touch()
     variables.pop("REDIS_URL", None)

@@ -37,7 +37,7 @@ def test_generated_parts_are_current(page: Path, generate: ModuleType) -> None:
     assert text == generate.generated(text), "run: python docs/generate.py"
 
 
-@pytest.mark.parametrize("name", ["errors", "keys", "redis_options", "settings"])
+@pytest.mark.parametrize("name", ["errors", "keys", "metrics", "redis_options", "settings"])
 def test_every_generated_table_stands_on_a_page(name: str) -> None:
     pages = [page.read_text() for page in (ROOT / "docs").glob("*.md")]
     assert sum(f"<!-- generated: {name} -->" in text for text in pages) == 1

@@ -10,6 +10,7 @@ import click
 
 from mixfleet_broker.connection import find_redis_url
 from mixfleet_broker.errors import ConfigError, MissingExtraError, MixfleetError
+from mixfleet_broker.json_log import JsonFormatter
 from mixfleet_broker.options import setting_options
 from mixfleet_broker.settings import CONFIG_FLAG, SETTINGS, Settings
 from mixfleet_broker.workers_cli import COMMANDS
@@ -45,6 +46,7 @@ MODEL_SETTINGS = (
     "ageing_s",
     "key_prefix",
     "log_level",
+    "log_json",
 )
 """Settings of a worker that several workers may share."""
 
@@ -90,7 +92,7 @@ def worker(
         return
     try:
         rendezvous = Rendezvous.from_environment()
-        _configure_rank_logging(settings.log_level, rendezvous)
+        _configure_rank_logging(settings, rendezvous)
         config = worker_config(
             settings,
             simulated=simulated,
@@ -169,20 +171,20 @@ def given_flags(ctx: click.Context) -> dict[str, str]:
     }
 
 
-def _configure_rank_logging(level: str, rendezvous: Rendezvous | None) -> None:
-    """Log as the setting says, but of the ranks behind the first one only what is wrong."""
+def _configure_rank_logging(settings: Settings, rendezvous: Rendezvous | None) -> None:
+    """Log as the settings say, but of the ranks behind the first one only what is wrong."""
+    level = settings.log_level
     if rendezvous is not None and rendezvous.shard.rank > 0 and level in ("debug", "info"):
         level = "warning"
-    configure_logging(level)
+    configure_logging(level, as_json=settings.log_json)
 
 
-def configure_logging(level: str) -> None:
+def configure_logging(level: str, *, as_json: bool = False) -> None:
     """Log to standard error, one event a line."""
-    logging.basicConfig(
-        level=level.upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-    )
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if as_json else text)
+    logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
 def check_installed(modules: tuple[str, ...], *, what: str, extra: str) -> None:

@@ -64,6 +64,8 @@ class JobTimes:
     claimed_at: float
     first_token_at: float | None = None
     ended_at: float
+    traceparent: str | None = None
+    """Of the job, for the span of this run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,7 @@ class Holdings:
         to_loop: Where lost leases are told.
         worker_id: For the logs.
         clock: Monotonic seconds.
+        on_end: Told of each end that this worker has written.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class Holdings:
         to_loop: SimpleQueue[ToLoop],
         worker_id: str,
         clock: Callable[[], float],
+        on_end: Callable[[EndWrite], None] | None = None,
     ) -> None:
         self._session = session
         self._to_loop = to_loop
         self._worker_id = worker_id
         self._clock = clock
+        self._on_end = on_end
         self._jobs: dict[str, HeldJob] = {}
         self._to_release: list[Lease] = []
         self._to_isolate: list[Lease] = []
@@ -202,6 +205,8 @@ class Holdings:
                 self._worker_id,
             )
             return
+        if self._on_end is not None:
+            self._on_end(write)
         first = times.first_token_at
         logger.info(
             "job ended job_id=%s state=%s reason=%s tokens=%d queue_s=%s ttft_s=%s total_s=%.3f "

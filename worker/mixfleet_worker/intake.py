@@ -44,6 +44,7 @@ class AdmittedJob:
     text: AnswerText
     """Has seen the tokens that earlier runs delivered."""
     claimed_at: float
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +131,13 @@ class Intake:
             deadline=_deadline(taken),
             grammar=output_grammar(job, self._tokenizer),
         )
-        return AdmittedJob(lease=lease, request=request, text=text, claimed_at=taken.claimed_at)
+        return AdmittedJob(
+            lease=lease,
+            request=request,
+            text=text,
+            claimed_at=taken.claimed_at,
+            traceparent=job.traceparent,
+        )
 
     def _checked(self, job: ChatJob, lease: Lease) -> ChatJob:
         if job.job_id != lease.job_id:

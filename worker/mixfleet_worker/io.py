@@ -55,6 +55,7 @@ class BrokerIO:
         stall_s: A loop that has not reported for so long is taken for stuck: its leases are not
             renewed and no job is claimed for it.
         clock: Monotonic seconds.
+        on_end: Told of each end that was written.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class BrokerIO:
         lease_s: float,
         stall_s: float,
         clock: Callable[[], float] = time.monotonic,
+        on_end: Callable[[EndWrite], None] | None = None,
     ) -> None:
         self._session = session
         self._to_loop = mailboxes.to_loop
@@ -76,7 +78,11 @@ class BrokerIO:
         self._period_s = lease_s / 3
         self._clock = clock
         self._holdings = Holdings(
-            session=session, to_loop=mailboxes.to_loop, worker_id=worker_id, clock=clock
+            session=session,
+            to_loop=mailboxes.to_loop,
+            worker_id=worker_id,
+            clock=clock,
+            on_end=on_end,
         )
         self._unread: list[ClaimedJob] = []
         self._claim_token: str | None = None

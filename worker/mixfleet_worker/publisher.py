@@ -36,6 +36,7 @@ class _Answer:
     num_prompt_tokens: int
     num_tokens: int
     claimed_at: float
+    traceparent: str | None = None
     first_token_at: float | None = None
     has_begun: bool = False
     """A chunk of this run is out."""
@@ -45,7 +46,10 @@ class _Answer:
 
     def times(self, now: float) -> JobTimes:
         return JobTimes(
-            claimed_at=self.claimed_at, first_token_at=self.first_token_at, ended_at=now
+            claimed_at=self.claimed_at,
+            first_token_at=self.first_token_at,
+            ended_at=now,
+            traceparent=self.traceparent,
         )
 
 
@@ -87,6 +91,7 @@ class Publisher:
             num_prompt_tokens=len(job.request.prompt_token_ids),
             num_tokens=len(job.request.output_token_ids),
             claimed_at=job.claimed_at,
+            traceparent=job.traceparent,
         )
 
     def drop(self, job_id: str) -> None:

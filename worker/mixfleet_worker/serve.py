@@ -33,6 +33,7 @@ from mixfleet_worker.io import BELL_WAIT_S, BrokerIO
 from mixfleet_worker.loop import WorkerLoop
 from mixfleet_worker.publisher import Publisher
 from mixfleet_worker.session import QueueSession
+from mixfleet_worker.tracing import run_traces
 
 if TYPE_CHECKING:
     from mixfleet_engine.ranks import Ranks  # which imports torch
@@ -240,6 +241,7 @@ def _run(
         worker_id=config.worker_id,
         lease_s=config.rules.lease_s,
         stall_s=config.stall_s,
+        on_end=run_traces(config.model, config.worker_id),
     )
     # A daemon, so that a Redis that swallows its last words cannot keep the process alive.
     thread = threading.Thread(target=io.run, name="broker-io", daemon=True)

@@ -1,4 +1,4 @@
-"""Keeps the worker processes of one machine running."""
+"""Keeps the processes of one machine running."""
 
 import math
 import time
@@ -42,7 +42,7 @@ class Process(Protocol):
 
 @dataclass(slots=True)
 class _Place:
-    """One worker that should be there."""
+    """One process that should be there."""
 
     process: Process
     started_at: float
@@ -57,8 +57,9 @@ class Supervisor:
     A process that ends without an error was told to, and stays away.
 
     Args:
-        spawn: Starts process number n, counted from 1.
+        spawn: Starts process number n.
         report: Told what happens, one line each.
+        name: Says what process number n is.
         clock: Monotonic seconds.
         pause: Waits so many seconds.
     """
@@ -68,11 +69,13 @@ class Supervisor:
         *,
         spawn: Callable[[int], Process],
         report: Callable[[str], None],
+        name: Callable[[int], str] = "worker {}".format,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._spawn = spawn
         self._report = report
+        self._name = name
         self._clock = clock
         self._pause = pause
         self._places: dict[int, _Place] = {}
@@ -91,7 +94,7 @@ class Supervisor:
             elif self._clock() >= place.restart_at:
                 place.process, place.started_at = self._spawn(number), self._clock()
                 place.restart_at = None
-                self._report(f"worker {number}: started again, process {place.process.pid}")
+                self._report(f"{self._name(number)}: started again, process {place.process.pid}")
 
     def _notice(self, number: int, place: _Place) -> None:
         status = place.process.poll()
@@ -99,14 +102,16 @@ class Supervisor:
             return
         if status == 0:  # it was told to, by an operator or a signal
             place.restart_at = math.inf
-            self._report(f"worker {number}: process {place.process.pid} has left, as it was told")
+            self._report(
+                f"{self._name(number)}: process {place.process.pid} has left, as it was told"
+            )
             return
         now = self._clock()
         if now - place.started_at >= STEADY_S:
             place.backoff_s = FIRST_BACKOFF_S
         place.restart_at = now + place.backoff_s
         self._report(
-            f"worker {number}: process {place.process.pid} ended ({described(status)}), "
+            f"{self._name(number)}: process {place.process.pid} ended ({described(status)}), "
             f"starting it again in {place.backoff_s:g} s"
         )
         place.backoff_s = min(2 * place.backoff_s, LAST_BACKOFF_S)

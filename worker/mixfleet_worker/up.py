@@ -1,8 +1,6 @@
 """``mixfleet up``: everything that a chat needs, on this machine, with one command."""
 
 import os
-import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,21 +21,26 @@ from mixfleet_broker.redis_url import safe_redis_url
 from mixfleet_broker.registry import WorkerRecord
 from mixfleet_broker.registry import workers as live_workers
 from mixfleet_broker.server_check import check_server, refuse_unfit, summary
-from mixfleet_broker.server_directory import FileLock
 from mixfleet_broker.settings import CONFIG_FLAG, SETTINGS, Settings
 from mixfleet_engine.errors import EngineError
 from mixfleet_worker.cli import ENGINE_MODULES, MODEL_SETTINGS, SIMULATED_STEP_S, check_installed
 from mixfleet_worker.config import new_worker_id, worker_config
 from mixfleet_worker.supervisor import Process, Supervisor, described
+from mixfleet_worker.up_gateway import (
+    SHARED_FLAGS,
+    LocalGateway,
+    free_address,
+    gateway_is_installed,
+)
+from mixfleet_worker.up_lock import UpError, only_one
+from mixfleet_worker.up_next_steps import flag, next_steps
 
 LOOK_S = 0.5
 """How often the processes are looked after."""
 LOG_LINES = 15
-"""Lines of a worker's log that are shown when it cannot start."""
-
-
-class UpError(Exception):
-    """The fleet cannot be started; the text says why and what to do."""
+"""Lines of a process's log that are shown when it cannot start."""
+GATEWAY = 0
+"""The gateway's number among the processes; workers are counted from 1."""
 
 
 @click.command()
@@ -57,16 +60,18 @@ class UpError(Exception):
     show_default=True,
     help="Seconds that a step of the simulated engine takes.",
 )
-@setting_options("redis", "data_dir", "model_path", "model", *MODEL_SETTINGS)
+@click.option("--no-gateway", is_flag=True, help="Start no HTTP gateway.")
+@setting_options("redis", "data_dir", "model_path", "model", "listen", *MODEL_SETTINGS)
 @click.pass_context
 def up(
     ctx: click.Context,
     num_workers: int,
+    no_gateway: bool,
     simulated: bool,
     simulated_step_s: float,
     settings: Settings,
 ) -> None:
-    """Start all that a chat needs here: Redis, a model and a worker.
+    """Start all that a chat needs here: Redis, a model, a worker and an HTTP gateway.
 
     Without --redis or REDIS_URL it runs a Redis of its own; without --model-path it gets a small
     demo model, once. Ctrl-C ends everything.
@@ -75,9 +80,10 @@ def up(
         settings=settings,
         simulated_step_s=simulated_step_s if simulated else None,
         given=_given_flags(ctx),
+        has_gateway=not no_gateway,
     )
     try:
-        with _terminated_as_interrupted(), _only_one(settings.data_dir):
+        with _terminated_as_interrupted(), only_one(settings.data_dir):
             fleet.run(num_workers)
     except (MixfleetError, EngineError, UpError) as error:
         raise click.ClickException(str(error)) from error
@@ -93,22 +99,29 @@ class Fleet:
     given: Mapping[str, str]
     """Flags of the command line, by name. Workers get the same ones; the environment and the
     configuration file they read by themselves."""
+    has_gateway: bool = True
 
     def run(self, num_workers: int) -> None:
         """Start everything, say that it is ready, look after it until Ctrl-C, end it."""
         begun = time.monotonic()
         with ExitStack() as stack:
+            gateway = self._gateway()
             model_path = self._model_path()
             server = self._server(stack)
             url = server.url if server is not None else self.settings.redis or ""
             supervisor = Supervisor(
-                spawn=lambda number: self._spawn(number, model_path), report=click.echo
+                spawn=lambda number: self._spawn(number, model_path, gateway),
+                report=click.echo,
+                name=_name,
             )
             stack.callback(supervisor.stop, self.settings.drain_s)
+            process = supervisor.start(GATEWAY) if gateway is not None else None
             for number in range(1, num_workers + 1):
                 self._start_worker(supervisor, number, url)
+            if gateway is not None and process is not None:
+                self._await_gateway(process, gateway)
             click.echo(f"ready in {time.monotonic() - begun:.1f} s; Ctrl-C ends it\n")
-            click.echo(self._next_steps(url))
+            click.echo(next_steps(self.given, url))
             self._look_after(supervisor, server)
             click.echo("ending; workers finish their answers (Ctrl-C again: leave at once)")
 
@@ -148,6 +161,28 @@ class Fleet:
             done(f"redis: embedded, process {server.pid}, {safe_redis_url(server.url)}")
             return server
 
+    def _gateway(self) -> LocalGateway | None:
+        """Return the gateway that is to be started; None if there is to be none."""
+        if not self.has_gateway:
+            return None
+        if not gateway_is_installed():
+            click.echo("gateway: none; for HTTP: pip install 'mixfleet[gateway]'")
+            return None
+        flags = {name: self.given[name] for name in SHARED_FLAGS if name in self.given}
+        flags["data_dir"] = str(self.settings.data_dir)
+        return LocalGateway(address=free_address(self.settings.listen), flags=flags)
+
+    def _await_gateway(self, process: Process, gateway: LocalGateway) -> None:
+        while not gateway.answers():
+            status = process.poll()
+            if status is not None:
+                raise UpError(
+                    f"the gateway could not start ({described(status)}; --no-gateway starts "
+                    f"without):\n{_tail(self._log_file(GATEWAY))}"
+                )
+            time.sleep(LOOK_S / 5)
+        click.echo(f"gateway {gateway.url} (OpenAI at /v1, Anthropic at /v1/messages)")
+
     def _start_worker(self, supervisor: Supervisor, number: int, url: str) -> None:
         """Start a worker and wait until it takes jobs, however long its model loads."""
         with _step() as done, connect(url) as redis:
@@ -162,12 +197,16 @@ class Fleet:
                 time.sleep(LOOK_S / 5)
             done(f"worker {number}: process {process.pid}, log {self._log_file(number)}")
 
-    def _spawn(self, number: int, model_path: Path | None) -> Process:
+    def _spawn(self, number: int, model_path: Path | None, gateway: LocalGateway | None) -> Process:
+        if number == GATEWAY and gateway is not None:
+            command = gateway.command()
+        else:
+            command = self._worker_command(model_path)
         log_file = self._log_file(number)
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with log_file.open("ab") as log:
             return subprocess.Popen(
-                self._worker_command(model_path),
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -176,7 +215,7 @@ class Fleet:
             )
 
     def _worker_command(self, model_path: Path | None) -> list[str]:
-        flags = dict(self.given)
+        flags = {name: value for name, value in self.given.items() if name != "listen"}
         flags["data_dir"] = str(self.settings.data_dir)
         command = [sys.executable, "-m", "mixfleet_worker", "--parent-pid", str(os.getpid())]
         command += ["--worker-id", new_worker_id()]
@@ -185,11 +224,11 @@ class Fleet:
         else:
             flags["model_path"] = str(model_path)
         for name, value in flags.items():
-            command += [_flag(name), value]
+            command += [flag(name), value]
         return command
 
     def _log_file(self, number: int) -> Path:
-        return self.settings.data_dir / "logs" / f"worker-{number}.log"
+        return self.settings.data_dir / "logs" / f"{_name(number).replace(' ', '-')}.log"
 
     def _look_after(self, supervisor: Supervisor, server: EmbeddedRedis | None) -> None:
         """Restart what dies, until Ctrl-C."""
@@ -203,25 +242,9 @@ class Fleet:
         except KeyboardInterrupt:
             return
 
-    def _next_steps(self, url: str) -> str:
-        """Return what to type next, with the flags that find this very fleet."""
-        program = "mixfleet" if shutil.which("mixfleet") else _beside_python("mixfleet")
-        found_by = [n for n in ("redis", "data_dir", "key_prefix", CONFIG_FLAG) if n in self.given]
-        chat = shlex.join(
-            [program, "chat", *(part for n in found_by for part in (_flag(n), self.given[n]))]
-        )
-        client = f'Client("{url}")' if found_by else "Client()"
-        prefix = self.given.get("key_prefix")
-        where = f", with {SETTINGS['key_prefix'].variable}={shlex.quote(prefix)}" if prefix else ""
-        return (
-            "In another terminal:\n\n"
-            f"  {chat}\n"
-            f'  {chat} -q "What is a mixture of experts?"\n\n'
-            f"Or in Python{where}:\n\n"
-            "  from mixfleet import Client\n"
-            f'  for text in {client}.chat("Why is the sky blue?"):\n'
-            '      print(text, end="", flush=True)\n'
-        )
+
+def _name(number: int) -> str:
+    return "gateway" if number == GATEWAY else f"worker {number}"
 
 
 def _is_among(process: Process, records: Iterable[WorkerRecord]) -> bool:
@@ -238,47 +261,11 @@ def _given_flags(ctx: click.Context) -> dict[str, str]:
     }
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _beside_python(program: str) -> str:
-    """Return the path of a program of this virtual environment, short if it can be."""
-    path = Path(sys.executable).parent / program
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
-
-
 @contextmanager
 def _step() -> Iterator[Callable[[str], None]]:
     """Give a function that prints the line of a step that is done, with its time."""
     begun = time.monotonic()
     yield lambda line: click.echo(f"{line} ({time.monotonic() - begun:.1f} s)")
-
-
-@contextmanager
-def _only_one(data_dir: Path) -> Iterator[None]:
-    """Hold the lock of the data directory.
-
-    Raises:
-        UpError: Another ``mixfleet up`` holds it, or it cannot be made or written.
-    """
-    path = data_dir / "up.lock"
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
-    except OSError as error:
-        raise UpError(f"data_dir={data_dir}: {error.strerror}; give another --data-dir") from error
-    if not lock.try_acquire():
-        raise UpError(
-            f"`mixfleet up` is running already for {data_dir} (process {path.read_text().strip()}):"
-            " use it, end it, or give another --data-dir"
-        )
-    try:
-        path.write_text(f"{os.getpid()}\n")
-        yield
-    finally:
-        lock.close()
 
 
 @contextmanager

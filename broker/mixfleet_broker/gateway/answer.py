@@ -14,7 +14,7 @@ from starlette.types import Receive
 
 from mixfleet_broker.channel import FIRST
 from mixfleet_broker.errors import BrokerError, MessageError, MixfleetError
-from mixfleet_broker.gateway.api_errors import ApiError, as_api_error, error_of_end
+from mixfleet_broker.gateway.api_errors import SERVER, ApiError, as_api_error, error_of_end
 from mixfleet_broker.gateway.fleet import Fleet
 from mixfleet_broker.gateway.hub import Arrival, Subscription
 from mixfleet_broker.gateway.watch import JobWatch
@@ -209,7 +209,8 @@ class Answer:
         batch = []
         for job_id, event_id, event in arrived:
             if isinstance(event, MessageError):
-                raise as_api_error(event)
+                # Not the request's fault, as the same error of a request would be.
+                raise ApiError(500, str(event), kind=SERVER, code="invalid_event")
             self._note(job_id, event)
             batch.append(Happening(self._index[job_id], event, event_id))
         return batch

@@ -1,26 +1,30 @@
 """The gateway's application: its parts, its routes, and the dialect of every error."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Match
 
 from mixfleet_broker.errors import MixfleetError
 from mixfleet_broker.gateway import (
     anthropic_messages,
     health,
+    jobs,
+    metrics,
     openai_chat,
     openai_models,
     responses,
+    sse,
 )
 from mixfleet_broker.gateway.aime import Aime
 from mixfleet_broker.gateway.aime_files import check_names, read_endpoints
@@ -32,8 +36,12 @@ from mixfleet_broker.gateway.fleet import Fleet
 from mixfleet_broker.gateway.guard import REQUEST_ID, ErrorBody, Guard
 from mixfleet_broker.gateway.responses_reading import Followers
 from mixfleet_broker.gateway.service import Service
-from mixfleet_broker.gateway.watch import JobWatch
+from mixfleet_broker.gateway.watch import JobObserver, JobWatch
 from mixfleet_broker.settings import Settings
+from mixfleet_broker.tracing import SCOPE, traces_if_wanted
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +52,16 @@ def create_app(settings: Settings) -> FastAPI:
     Raises:
         ConfigError: An endpoint file of AIME's form cannot be used.
     """
-    path = settings.aime_endpoints
-    described = None if path is None else read_endpoints(path)
+    described = read_endpoints(settings.aime_endpoints) if settings.aime_endpoints else None
+    traces = traces_if_wanted("mixfleet-gateway")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         fleet = Fleet(settings)
         gate = Gatekeeper(fleet, settings)
-        service = Service(settings=settings, fleet=fleet, gate=gate, watch=JobWatch([gate]))
+        app.state.metrics = metrics.Metrics(vllm_aliases=settings.vllm_metric_aliases)
+        watch = JobWatch([gate, app.state.metrics.jobs, *_job_tracing(traces)])
+        service = Service(settings=settings, fleet=fleet, gate=gate, watch=watch)
         app.state.service = service
         app.state.aime = Aime(service, described)
         app.state.followers = Followers()
@@ -61,6 +71,8 @@ def create_app(settings: Settings) -> FastAPI:
             await app.state.aime.close()
             await app.state.followers.close()
             await fleet.close()
+            if traces is not None:  # the process may end by a signal, which leaves no later time
+                await asyncio.to_thread(traces.shutdown)
 
     app = FastAPI(
         title="mixfleet",
@@ -72,7 +84,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(openai_models.router)
     app.include_router(responses.router)
     app.include_router(anthropic_messages.router)
+    app.include_router(jobs.router)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     check_names(described or (), partial(_is_taken, app))
     app.router.default = AimeRoutes(app.router.default)
     app.add_exception_handler(ApiError, _on_api_error)
@@ -91,14 +105,32 @@ def create_app(settings: Settings) -> FastAPI:
         Guard,
         max_body_bytes=settings.max_body_bytes,
         is_local=is_loopback(settings.listen) and not settings.require_key,
+        web_origins=(settings.cors_origins or "").split(","),
         error_body=error_body,
     )
+    _trace_requests(app, traces)
     return app
 
 
 def _is_taken(app: FastAPI, path: str) -> bool:
     scope = {"type": "http", "method": "GET", "path": path, "root_path": "", "headers": []}
     return any(route.matches(scope)[0] != Match.NONE for route in app.router.routes)
+
+
+def _trace_requests(app: FastAPI, traces: "TracerProvider | None") -> None:
+    if traces is not None:
+        # Imported here, as below: OpenTelemetry need not be installed.
+        from mixfleet_broker.gateway.tracing import TracedRequests
+
+        app.add_middleware(TracedRequests, tracer=traces.get_tracer(SCOPE))
+
+
+def _job_tracing(traces: "TracerProvider | None") -> list[JobObserver]:
+    if traces is None:
+        return []
+    from mixfleet_broker.gateway.tracing import JobTracing
+
+    return [JobTracing(traces.get_tracer(SCOPE))]
 
 
 def error_body(path: str) -> ErrorBody:
@@ -111,8 +143,10 @@ def _openai_body(error: ApiError, _request_id: str) -> dict[str, Any]:
 
 
 def _answered(request: Request, error: ApiError) -> Response:
-    body = error_body(request.url.path)(error, request.scope.get("request_id", ""))
-    return JSONResponse(body, status_code=error.status, headers=error.headers())
+    # The path as it is: a strange Host header makes `request.url` raise. Its bytes may be anything.
+    body = error_body(request.scope["path"])(error, request.scope.get("request_id", ""))
+    raw = sse.dumps(body).encode(errors="backslashreplace")
+    return Response(raw, error.status, error.headers(), media_type="application/json")
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
@@ -141,8 +175,10 @@ async def _on_invalid_body(request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, ApiError):  # raised while FastAPI read the body: too large
+        return _answered(request, error.__cause__)
     text = str(error.detail)
     if error.status_code == 404:
-        text = f"no such route: {request.method} {request.url.path[:200]}"
+        text = f"no such route: {request.method} {request.scope['path'][:200]}"
     refusal = ApiError(error.status_code, text, code=f"http_{error.status_code}")
     return _answered(request, refusal.with_headers(dict(error.headers or {})))

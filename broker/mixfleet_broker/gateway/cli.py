@@ -1,6 +1,9 @@
 """``mixfleet gateway``: HTTP in front of the queue."""
 
+import os
 import sys
+import time
+from threading import Thread
 from typing import Any, Final
 
 import click
@@ -12,9 +15,11 @@ from mixfleet_broker.errors import ConfigError
 from mixfleet_broker.gateway.app import create_app
 from mixfleet_broker.gateway.caller import is_loopback
 from mixfleet_broker.gateway.connection_guard import GuardedProtocol
+from mixfleet_broker.json_log import JsonFormatter
 from mixfleet_broker.options import setting_options
 from mixfleet_broker.settings import Settings
 
+_LOOK_S: Final = 0.5
 _TURN_S: Final = 0.001
 GATEWAY_SETTINGS: Final = (
     "redis",
@@ -42,8 +47,9 @@ GATEWAY_SETTINGS: Final = (
 
 
 @click.command()
+@click.option("--parent-pid", type=int, hidden=True, help="End when this is not the parent.")
 @setting_options(*GATEWAY_SETTINGS)
-def gateway(settings: Settings) -> None:
+def gateway(parent_pid: int | None, settings: Settings) -> None:
     """Serve the clients that people have: OpenAI's, Anthropic's, AIME's, and curl.
 
     Stateless: run as many as you like on one Redis. On loopback no key is asked for while there is
@@ -65,7 +71,16 @@ def gateway(settings: Settings) -> None:
         server_header=False,
         ws="none",
     )
-    uvicorn.Server(config).run()
+    server = uvicorn.Server(config)
+    if parent_pid is not None:
+        Thread(target=_end_with_parent, args=(server, parent_pid), daemon=True).start()
+    server.run()
+
+
+def _end_with_parent(server: uvicorn.Server, parent_pid: int) -> None:
+    while os.getppid() == parent_pid:
+        time.sleep(_LOOK_S)
+    server.should_exit = True
 
 
 def check_exposure(settings: Settings) -> None:
@@ -86,12 +101,13 @@ def check_exposure(settings: Settings) -> None:
 
 def log_config(settings: Settings) -> dict[str, Any]:
     """Return how the gateway logs: one line an event, JSON if asked."""
-    text = "%(asctime)s %(levelname)s %(name)s %(message)s"
+    text = {"format": "%(asctime)s %(levelname)s %(name)s %(message)s"}
+    lines = {"()": JsonFormatter} if settings.log_json else text
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {"text": {"format": text}},
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "text"}},
+        "formatters": {"lines": lines},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "lines"}},
         "root": {"handlers": ["stderr"], "level": settings.log_level.upper()},
         "loggers": {"uvicorn": {"level": "INFO"}},
     }

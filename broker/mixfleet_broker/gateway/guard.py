@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 from starlette.datastructures import MutableHeaders
@@ -36,6 +36,7 @@ class Guard:
         max_body_bytes: Of a request.
         is_local: Only this machine is served, and without keys: a web page that talked its
             browser into calling us, under another host's name, is refused.
+        web_origins: Web sites whose pages may call us all the same; ``*`` is all of them.
         error_body: The dialect of a path.
     """
 
@@ -45,11 +46,13 @@ class Guard:
         *,
         max_body_bytes: int,
         is_local: bool,
+        web_origins: Collection[str] = (),
         error_body: Callable[[str], ErrorBody],
     ) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._is_local = is_local
+        self._web_origins = frozenset(web_origins)
         self._error_body = error_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,13 +91,20 @@ class Guard:
             return
         host = headers.get(b"host", b"localhost").decode("latin-1")
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
-        if name.lower() not in _LOCAL_HOSTS or headers.get(b"sec-fetch-site") == b"cross-site":
+        if name.lower() not in _LOCAL_HOSTS or self._is_from_elsewhere(headers):
             raise ApiError(
                 403,
                 f"a gateway without keys serves this machine alone, not {host[:80]!r}",
                 kind="permission_error",
                 code="host_not_allowed",
             )
+
+    def _is_from_elsewhere(self, headers: dict[bytes, bytes]) -> bool:
+        """Whether a browser says that another site's page asks, and that site may not."""
+        if headers.get(b"sec-fetch-site") != b"cross-site":
+            return False
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        return "*" not in self._web_origins and origin not in self._web_origins
 
     def _limited(self, receive: Receive) -> Receive:
         num_bytes = 0

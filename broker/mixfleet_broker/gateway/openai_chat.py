@@ -85,7 +85,7 @@ class _Reply:
         self._created = int(time.time())
         # Most chunks differ in their text alone, and writing all of one as JSON is half its cost.
         head = sse.dumps(self._head("chat.completion.chunk")).removesuffix("}")
-        self._before = f'data: {head},"choices":[{{"index":'.encode()
+        self._before = f'data: {head},"choices":[{{"index":'.encode(errors="backslashreplace")
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
         """Return the one object of a request that is not streamed."""

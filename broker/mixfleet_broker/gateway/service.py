@@ -25,6 +25,7 @@ from mixfleet_broker.job_codec import encode_job
 from mixfleet_broker.messages import ChatJob, new_job_id
 from mixfleet_broker.settings import Settings
 from mixfleet_broker.terms import PRIORITIES, JobTerms, Priority
+from mixfleet_broker.traceparent import valid_traceparent
 
 ON_DISCONNECT: Final = "x-mixfleet-on-disconnect"
 PRIORITY: Final = "x-mixfleet-priority"
@@ -76,6 +77,7 @@ class Service:
             ApiError: The request cannot be served; nothing is queued.
         """
         model = jobs[0].model
+        jobs = [replace(job, traceparent=_traceparent(request)) for job in jobs]
         caller.check_model(model)
         try:
             await self.fleet.check_model(model)
@@ -89,7 +91,11 @@ class Service:
             raise as_api_error(error) from error
         job_ids = [job.job_id for job in jobs]
         tokens = _most_tokens(jobs[0], context_length)
-        admission = await self.gate.charge(caller, job_ids, tokens)
+        try:
+            admission = await self.gate.charge(caller, job_ids, tokens)
+        except ApiError as error:
+            self.watch.turned_away(model, error.code or "limit")
+            raise
         answer = Answer(
             self.fleet,
             jobs,
@@ -151,6 +157,17 @@ def job_ids(request: Request, caller: Caller, number: int) -> list[str]:
     # Two callers with the same key must not meet, nor one guess the other's ids.
     owner = caller.name if caller.record is None else caller.record.key_id
     return [sha256(f"{owner}\0{key}\0{index}".encode()).hexdigest()[:32] for index in range(number)]
+
+
+def _traceparent(request: Request) -> str | None:
+    """Return the trace that the jobs belong to.
+
+    None under an idempotency key: a retry is another span, and must be the same job.
+    """
+    if IDEMPOTENCY_KEY in request.headers:
+        return None
+    own: str | None = request.scope.get("traceparent")
+    return own or valid_traceparent(request.headers.get("traceparent"))
 
 
 def _terms(request: Request, caller: Caller, asked: Priority | None) -> JobTerms:

@@ -20,7 +20,8 @@ HEADERS: Final = {
 def data(value: Any, event: str = "") -> bytes:
     """Return one event whose data is JSON."""
     name = f"event: {event}\n" if event else ""
-    return f"{name}data: {dumps(value)}\n\n".encode()
+    # Half a surrogate pair becomes its JSON escape; nothing else needs one.
+    return f"{name}data: {dumps(value)}\n\n".encode(errors="backslashreplace")
 
 
 def comment(text: str) -> bytes:

@@ -47,6 +47,9 @@ class WatchedJob:
 class JobObserver:
     """Is told of jobs as they go; each method may be overridden."""
 
+    def submitting(self, job: WatchedJob) -> None:
+        """Say that a job is about to be queued; called in its request's context."""
+
     def started(self, job: WatchedJob) -> None:
         """Say that a run of the job began; ``job.num_runs`` counts them."""
 
@@ -58,6 +61,9 @@ class JobObserver:
 
     def refused(self, model: str, code: str) -> None:
         """Say that a job was not taken."""
+
+    def dropped(self, job: WatchedJob, reason: str) -> None:
+        """Say that no more is heard of a job: it was refused, or its reader went away."""
 
 
 class JobWatch:
@@ -87,7 +93,7 @@ class JobWatch:
 
     def submitting(self, job: ChatJob, key_id: str) -> None:
         """Begin to watch a job."""
-        self._jobs[job.job_id] = WatchedJob(
+        watched = self._jobs[job.job_id] = WatchedJob(
             job_id=job.job_id,
             model=job.model,
             key_id=key_id,
@@ -95,14 +101,23 @@ class JobWatch:
             traceparent=job.traceparent,
         )
         self._num_waiting += 1
+        for observer in self.observers:
+            observer.submitting(watched)
 
     def refused(self, job: ChatJob, error: MixfleetError) -> None:
         """Forget a job that was not taken, or whose request was not."""
-        if self._forget(job.job_id) is None:
+        watched = self._forget(job.job_id)
+        if watched is None:
             return
         logger.info("job_refused job_id=%s model=%s code=%s", job.job_id, job.model, error.code)
         for observer in self.observers:
             observer.refused(job.model, error.code)
+            observer.dropped(watched, error.code)
+
+    def turned_away(self, model: str, code: str) -> None:
+        """Note a request that a limit of its key has stopped."""
+        for observer in self.observers:
+            observer.refused(model, code)
 
     def saw(self, job_id: str, event: JobEvent) -> None:
         """Note what came on a job's channel."""
@@ -120,8 +135,12 @@ class JobWatch:
 
     def left(self, job_id: str) -> None:
         """Forget a job whose reader went away while it goes on."""
-        if self._forget(job_id) is not None:
-            logger.info("job_left job_id=%s", job_id)
+        job = self._forget(job_id)
+        if job is None:
+            return
+        logger.info("job_left job_id=%s", job_id)
+        for observer in self.observers:
+            observer.dropped(job, "left")
 
     def _started(self, job: WatchedJob, event: RunStarted) -> None:
         self._set_waiting(job, waits=False)

@@ -123,7 +123,7 @@ def test_a_path_without_files_is_refused(tmp_path: Path) -> None:
         read_endpoints(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["livez", "docs"])
+@pytest.mark.parametrize("name", ["livez", "docs", "metrics"])
 def test_a_gateway_does_not_start_with_an_endpoint_that_cannot_be_reached(
     tmp_path: Path, name: str
 ) -> None:
