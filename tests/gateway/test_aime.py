@@ -11,6 +11,7 @@ from mixfleet_broker.job_codec import decode_job
 from mixfleet_broker.jobs import find_job
 from mixfleet_broker.messages import SamplingSettings
 from mixfleet_broker.queue import JobQueue
+from mixfleet_broker.registry import Registration, WorkerRecord
 from support.aime_client import AimeClient
 from support.aime_gateway import client, refused, send
 from support.aime_gateway import gateway as gateway
@@ -220,3 +221,18 @@ def test_a_file_says_what_an_endpoint_takes(redis_url: str, tmp_path: Path) -> N
         assert aime.get("/api/endpoints")["endpoints"] == ["mixtral_chat"]
         assert aime.get("/api/mixtral_chat")["title"] == "Mixtral Chat"
         assert send("GET", gateway, f"/{MODEL}").status_code == 404
+
+
+@pytest.mark.slow
+def test_in_a_small_model_the_default_length_leaves_half_of_the_context_to_the_prompt(
+    gateway: GatewayProcess, redis: Redis
+) -> None:
+    record = WorkerRecord.of_this_process(
+        worker_id="small", model=MODEL, max_batch_size=1, context_length=1000, started_at=0.0
+    )
+    Registration(redis, record, lease_s=15.0).beat(state="idle", in_flight=0)
+    queue = JobQueue(redis, MODEL)
+    client(gateway).submit(prompt_input="x")
+    assert decode_job(claim_one(queue).payload).sampling.max_tokens == 500
+    client(gateway).submit(prompt_input="x", max_gen_tokens=600)
+    assert decode_job(claim_one(queue).payload).sampling.max_tokens == 600

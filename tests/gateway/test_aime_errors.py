@@ -142,3 +142,29 @@ def test_a_full_queue_is_503_and_a_full_share_429(redis_url: str, tmp_path: Path
     (tmp_path / "other").mkdir()
     with GatewayProcess(redis_url, tmp_path / "other", "--tenant-queue-limit", "1") as gateway:
         assert refused(429, client(gateway).request, prompt_input="two")["details"]["limit"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("worker")
+@pytest.mark.parametrize(
+    "body",
+    [
+        "[]",
+        "[" * 100_000,
+        '{"prompt_input": "x", "temperature": NaN}',
+        '{"prompt_input": "x", "temperature": Infinity}',
+        '{"prompt_input": "x", "top_k": 1' + "0" * 400 + "}",
+        '{"prompt_input": "x", "max_gen_tokens": 1' + "0" * 400 + "}",
+        '{"prompt_input": "x", "\\ud800": 1}',
+        '{"prompt_input": "x", "chat_context": "' + "[" * 100_000 + '"}',
+        '{"prompt_input": "x", "chat_context": [[]]}',
+        '{"chat_context": [{"role": "\\ud800", "content": ""}]}',
+        '{"prompt_input": "x", "key": ["x"]}',
+    ],
+    ids=range(11),
+)
+def test_no_body_is_an_error_of_the_gateways_own(gateway: GatewayProcess, body: str) -> None:
+    response = send("POST", gateway, f"/{MODEL}", data=body)
+    assert response.status_code == 400, response.text[:500]
+    assert response.json()["success"] is False
+    assert "request_failed" not in gateway.log

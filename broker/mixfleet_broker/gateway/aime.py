@@ -193,10 +193,12 @@ class Aime:
             is_named=is_named,
         )
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Follow no more jobs; they go on."""
-        for task in self._following:
+        tasks = list(self._following)
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _caller(self, request: Request, given: Parameters) -> Caller:
         gate = self._service.gate

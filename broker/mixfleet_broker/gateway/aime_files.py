@@ -7,7 +7,7 @@ worker needs none.
 import logging
 import re
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -63,18 +63,18 @@ def read_endpoints(path: Path) -> tuple[Endpoint, ...]:
     return tuple(endpoints)
 
 
-def check_names(endpoints: Sequence[Endpoint], taken: Collection[str]) -> None:
+def check_names(endpoints: Sequence[Endpoint], is_taken: Callable[[str], bool]) -> None:
     """Raise unless every endpoint can be reached: other routes come first.
 
     Args:
         endpoints: Of files.
-        taken: First parts of the paths of other routes.
+        is_taken: Whether another route has a path.
 
     Raises:
         ConfigError: One is called like a path of the gateway's own.
     """
     for endpoint in endpoints:
-        if endpoint.name in taken:
+        if is_taken(f"/{endpoint.name}"):
             raise ConfigError(
                 f"ENDPOINT.name={endpoint.name!r}: /{endpoint.name} is a path of the gateway's own"
             )

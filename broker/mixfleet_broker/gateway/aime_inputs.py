@@ -171,7 +171,8 @@ def _number(one: Input, value: Any, *, as_text: bool) -> float:
         except ValueError:
             raise _wrong(one.name, f"is {value!r:.40}, must be {what}") from None
     kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not is_finite:
         raise _wrong(one.name, f"is {value!r:.40}, must be {what}")
     low, high = one.minimum, one.maximum
     if low is not None and value < low:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import Match
 
 from mixfleet_broker.errors import MixfleetError
 from mixfleet_broker.gateway import (
@@ -68,7 +70,7 @@ def create_app(settings: Settings) -> FastAPI:
         try:
             yield
         finally:
-            app.state.aime.close()
+            await app.state.aime.close()
             await app.state.followers.close()
             await fleet.close()
             if traces is not None:  # the process may end by a signal, which leaves no later time
@@ -89,8 +91,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(jobs.router)
     app.include_router(health.router)
     app.include_router(metrics.router)
-    taken = {getattr(route, "path", "/").split("/")[1] for route in app.routes}
-    check_names(described or (), taken | {"api"})
+    check_names(described or (), partial(_is_taken, app))
     app.router.default = AimeRoutes(app.router.default)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(MixfleetError, _on_mixfleet_error)
@@ -113,6 +114,11 @@ def create_app(settings: Settings) -> FastAPI:
     )
     _trace_requests(app, traces)
     return app
+
+
+def _is_taken(app: FastAPI, path: str) -> bool:
+    scope = {"type": "http", "method": "GET", "path": path, "root_path": "", "headers": []}
+    return any(route.matches(scope)[0] != Match.NONE for route in app.router.routes)
 
 
 def _trace_requests(app: FastAPI, traces: "TracerProvider | None") -> None:

@@ -1,13 +1,14 @@
 """Endpoint files in AIME's form: what is read, and errors that name file and field."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mixfleet_broker.errors import ConfigError
 from mixfleet_broker.gateway.aime_endpoints import endpoint_of_model
-from mixfleet_broker.gateway.aime_files import check_names, read_endpoint, read_endpoints
+from mixfleet_broker.gateway.aime_files import read_endpoint, read_endpoints
+from mixfleet_broker.gateway.app import create_app
+from mixfleet_broker.settings import Settings
 
 ROOT = Path(__file__).parents[3]
 WHOLE = """
@@ -122,11 +123,15 @@ def test_a_path_without_files_is_refused(tmp_path: Path) -> None:
         read_endpoints(tmp_path)
 
 
-def test_a_name_that_other_routes_have_is_refused(tmp_path: Path) -> None:
-    endpoints: Any = read_endpoints(write(tmp_path, WHOLE))
-    check_names(endpoints, {"livez"})
-    with pytest.raises(ConfigError, match="/chat is a path of the gateway's own"):
-        check_names(endpoints, {"livez", "chat"})
+@pytest.mark.parametrize("name", ["livez", "docs", "metrics"])
+def test_a_gateway_does_not_start_with_an_endpoint_that_cannot_be_reached(
+    tmp_path: Path, name: str
+) -> None:
+    file = write(tmp_path, WHOLE)
+    create_app(Settings(aime_endpoints=file))
+    file.write_text(WHOLE.replace('"chat"', f'"{name}"', 1))
+    with pytest.raises(ConfigError, match=f"/{name} is a path of the gateway's own"):
+        create_app(Settings(aime_endpoints=file))
 
 
 def test_an_output_that_no_model_gives_is_logged(
