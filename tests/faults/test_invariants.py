@@ -106,7 +106,7 @@ def test_every_kind_of_key_is_known_by_its_name() -> None:
 
 
 def test_what_may_stay_for_ever_is_what_the_table_of_keys_says() -> None:
-    says_so = ("for ever", "a member", "until `mixfleet key", "until its key")
+    says_so = ("for ever", "a member", "as the operator", "until `mixfleet", "until its key")
     assert {key.name for key in FOR_EVER} == {
         key.name for key in KEYS if key.lifetime.startswith(says_so)
     }
