@@ -44,7 +44,7 @@ def submit_args(job: ChatJob, terms: JobTerms, rules: QueueRules) -> tuple[Argum
         rules.queue_limit if rules.tenant_queue_limit is None else rules.tenant_queue_limit,
         rules.queue_token_limit if rules.tenant_token_limit is None else rules.tenant_token_limit,
         terms.job_class,
-        _num_prompt_bytes(job),
+        num_prompt_bytes(job),
         job.sampling.max_tokens or 0,
         _ms(terms.start_within_s),
         _ms(terms.finish_within_s),
@@ -91,7 +91,8 @@ def submit_outcome(reply: list[Any], job: ChatJob, terms: JobTerms) -> int:
     return int(number)
 
 
-def _num_prompt_bytes(job: ChatJob) -> int:
+def num_prompt_bytes(job: ChatJob) -> int:
+    """Return the bytes of a job's prompt; of token ids, those of as much text."""
     texts = [job.prompt or "", *(message.content for message in job.messages)]
     num_text_bytes = sum(len(text.encode()) for text in texts)
     return num_text_bytes + BYTES_PER_TOKEN * len(job.prompt_token_ids)

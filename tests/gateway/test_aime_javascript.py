@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from support.aime_gateway import gateway as gateway
-from support.aime_gateway import make_key
 from support.aime_gateway import worker as worker
 from support.echo_worker import EchoWorker
 from support.gateway import GatewayProcess
+from support.key_command import make_key
 from support.queue_jobs import MODEL
 
 NODE = shutil.which("node")

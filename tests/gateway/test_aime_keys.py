@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from support.aime_client import AimeError
-from support.aime_gateway import client, make_key, refused, send
+from support.aime_gateway import client, refused, send
 from support.aime_gateway import gateway as gateway
 from support.aime_gateway import worker as worker
 from support.gateway import GatewayProcess
+from support.key_command import make_key
 from support.queue_jobs import MODEL
 from support.worker_process import until
 

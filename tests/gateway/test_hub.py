@@ -211,6 +211,24 @@ def test_a_job_that_is_forgotten_meanwhile_is_silence(redis: Redis, redis_url: s
     asyncio.run(scenario())
 
 
+def test_a_channel_that_is_none_is_told_and_stops_no_other(redis: Redis, redis_url: str) -> None:
+    good, broken = new_job_id(), new_job_id()
+    redis.set(CHANNEL(broken), "no stream")
+
+    async def scenario() -> None:
+        async with running_hub(redis_url) as hub:
+            with hub.follow({good: FIRST}) as fine, hub.follow({broken: FIRST}) as hurt:
+                async with asyncio.timeout(LIMIT_S):
+                    [(job_id, _, error)] = await hurt.next(LIMIT_S)
+                assert job_id == broken
+                assert isinstance(error, MessageError)
+                assert "WRONGTYPE" in str(error)
+                await asyncio.to_thread(write, redis, good, 1, 2)
+                assert await numbers(fine, good, 2) == [1, 2]
+
+    asyncio.run(scenario())
+
+
 @contextmanager
 def written_meanwhile(url: str, job_ids: list[str], last: int) -> Iterator[None]:
     """Write to all jobs in a thread, one token after the other, through whatever happens."""

@@ -1,8 +1,6 @@
 """API keys as callers of a real gateway meet them."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,23 +13,11 @@ from redis import Redis
 
 from support.echo_worker import EchoWorker
 from support.gateway import GatewayProcess
+from support.key_command import make_key, mixfleet
 from support.queue_jobs import MODEL
 from support.worker_process import until
 
 CHAT = "/v1/chat/completions"
-
-
-def mixfleet(url: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "mixfleet", *arguments, "--redis", url]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-
-
-def make_key(url: str, *options: str) -> dict[str, Any]:
-    """Make a key with the command of operators; its id and its secret are in the answer."""
-    made = mixfleet(url, "key", "create", "--name", "test", "--json", *options)
-    assert made.returncode == 0, made.stderr
-    record: dict[str, Any] = json.loads(made.stdout)
-    return record
 
 
 def used(url: str, key_id: str) -> dict[str, int]:
@@ -193,6 +179,26 @@ def test_a_refused_request_costs_nothing(
             held.go.set()
             stream.read()
         assert waiting.result().status_code == 200
+
+
+@pytest.mark.slow
+def test_another_request_under_a_used_idempotency_key_gives_nothing_back(
+    gateway: GatewayProcess, redis_url: str, held: EchoWorker
+) -> None:
+    made = make_key(redis_url, "--rpm", "50", "--tpd", "1000")
+    headers = {"idempotency-key": "once", "x-mixfleet-on-disconnect": "continue"}
+    with (
+        gateway.client(made["secret"]) as client,
+        client.stream("POST", CHAT, json=body(stream=True), headers=headers) as stream,
+    ):
+        charged = used(redis_url, made["key_id"])["tokens_day"]
+        conflict = client.post(CHAT, json=body("other"), headers=headers)
+        assert error_of(conflict, 409)["code"] == "job_conflict"
+        assert used(redis_url, made["key_id"])["tokens_day"] == charged < 1000
+        held.go.set()
+        stream.read()
+    settled = 1000 - len("hello") - 1
+    until(lambda: used(redis_url, made["key_id"])["tokens_day"] == settled, "the job is settled")
 
 
 def queued(gateway: GatewayProcess, secret: str) -> str:

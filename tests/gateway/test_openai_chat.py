@@ -9,7 +9,8 @@ from openai import OpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessageParam
 
 from support.gateway import GatewayProcess
-from support.openai_fleet import CONTEXT_LENGTH, MODEL, async_openai_client
+from support.openai_client import async_openai_client
+from support.openai_fleet import CONTEXT_LENGTH, MODEL
 from support.openai_fleet import client as client
 from support.openai_fleet import fleet as fleet
 

@@ -13,7 +13,8 @@ from redis import Redis
 from mixfleet_broker.jobs import find_job
 from support.echo_worker import EchoWorker
 from support.gateway import GatewayProcess
-from support.openai_fleet import MODEL, openai_client
+from support.openai_client import openai_client
+from support.openai_fleet import MODEL
 from support.worker_process import until
 
 TEXT = "Hello, world"

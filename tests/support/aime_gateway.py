@@ -1,8 +1,5 @@
 """A real gateway before AIME's clients, and workers behind it, as fixtures for tests to import."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,12 +69,3 @@ def refused(status: int, call: Any, *args: Any, **kwargs: Any) -> dict[str, Any]
     assert body["success"] is False
     assert isinstance(body["error"], str)
     return body
-
-
-def make_key(url: str, *options: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "mixfleet", "key", "create", "--name", "test", "--json"]
-    made = subprocess.run(
-        [*command, "--redis", url, *options], capture_output=True, text=True, check=True, timeout=60
-    )
-    record: dict[str, Any] = json.loads(made.stdout)
-    return record

@@ -3,16 +3,24 @@
 import json
 from typing import Any
 
-from openai import OpenAI
+from openai import AsyncOpenAI, OpenAI
 from redis import Redis
 
 from mixfleet_broker.keys import RESPONSE
 from support.gateway import GatewayProcess
 from support.worker_process import until
 
+KEY = "none-needed"
 
-def client_of(gateway: GatewayProcess, key: str = "none") -> OpenAI:
-    return OpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0, timeout=20)
+
+def openai_client(gateway: GatewayProcess, key: str = KEY) -> OpenAI:
+    """Return a client that does not try again: a refusal is to be seen."""
+    return OpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0, timeout=30)
+
+
+def async_openai_client(gateway: GatewayProcess) -> AsyncOpenAI:
+    """Return the same for an event loop."""
+    return AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=KEY, max_retries=0, timeout=30)
 
 
 def job_id_of(response_id: str) -> str:

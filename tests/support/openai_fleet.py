@@ -1,13 +1,14 @@
-"""A real tiny model behind a real gateway, once for a file of tests, and OpenAI's own clients."""
+"""A real tiny model behind a real gateway, once for a file of tests and OpenAI's own client."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from openai import AsyncOpenAI, OpenAI
+from openai import OpenAI
 
 from support.gateway import GatewayProcess
+from support.openai_client import openai_client
 from support.redis_server import RedisServer
 from support.tiny_model import tiny_config, write_hf_checkpoint
 from support.tokenizer_files import write_byte_level_json
@@ -15,17 +16,6 @@ from support.worker_process import WorkerProcess
 
 MODEL = "tiny"
 CONTEXT_LENGTH = 256
-KEY = "none-needed"
-
-
-def openai_client(gateway: GatewayProcess) -> OpenAI:
-    """Return a client that does not try again: a refusal is to be seen."""
-    return OpenAI(base_url=f"{gateway.url}/v1", api_key=KEY, max_retries=0, timeout=30)
-
-
-def async_openai_client(gateway: GatewayProcess) -> AsyncOpenAI:
-    """Return the same for an event loop."""
-    return AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=KEY, max_retries=0, timeout=30)
 
 
 @contextmanager

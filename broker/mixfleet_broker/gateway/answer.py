@@ -145,15 +145,15 @@ class Answer:
             ApiError: One is refused; those before it are cancelled.
         """
         self._subscription = self._fleet.follow(dict.fromkeys(self._index, FIRST))
+        watched = [job for job in self.jobs if self._watch.submitting(job, self._key_id)]
         submitted: list[ChatJob] = []
         try:
             for job in self.jobs:
-                self._watch.submitting(job, self._key_id)
                 await self._fleet.submit(job, self._terms, self._rules)
                 submitted.append(job)
         except MixfleetError as error:
             self._subscription.close()
-            for job in self.jobs:
+            for job in watched:
                 self._watch.refused(job, error)
             await self._cancel([job.job_id for job in submitted], "another choice was refused")
             raise as_api_error(error) from error
@@ -177,17 +177,25 @@ class Answer:
             ApiError: A job has failed already; the others are cancelled.
         """
         assert self._subscription is not None
-        deadline = asyncio.get_running_loop().time() + patience_s
-        while (left_s := deadline - asyncio.get_running_loop().time()) > 0:
-            self._seen += self._taken(await self._subscription.next(left_s))
-            for happening in self._seen:
-                if isinstance(happening.what, JobEnd):
-                    failure = error_of_end(happening.what, self.job_ids[happening.index])
-                    if failure is not None:
-                        await self.leave()
-                        raise failure
-                if isinstance(happening.what, JobEnd | TokenChunk):
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + patience_s
+        try:
+            while (left_s := deadline - clock()) > 0:
+                batch = self._taken(await self._subscription.next(left_s))
+                self._seen += batch
+                if any(self._has_begun(happening) for happening in batch):
                     return
+        except ApiError:
+            await self.leave()
+            raise
+
+    def _has_begun(self, happening: Happening) -> bool:
+        """Whether a choice has something to show; raises if it has failed instead."""
+        if isinstance(happening.what, JobEnd):
+            failure = error_of_end(happening.what, self.job_ids[happening.index])
+            if failure is not None:
+                raise failure
+        return isinstance(happening.what, JobEnd | TokenChunk)
 
     async def happenings(self) -> AsyncIterator[list[Happening]]:
         """Iterate over what comes, in order, until all jobs have ended; empty lists in silence.

@@ -30,11 +30,10 @@ async def create_message(request: Request, body: MessagesBody) -> Response:
     service: Service = request.app.state.service
     caller = await service.gate.caller(request)
     job = body.job(job_ids(request, caller, 1)[0], body.settings())
+    answer = await service.begin(request, caller, [job], streams=body.stream)
     if body.stream:
-        answer = await service.begin_stream(request, caller, [job])
-        request_id = request.scope.get("request_id", "")
-        return sse.EventStream(_stream(answer, body.model, request_id), answer.headers)
-    answer = await service.begin(request, caller, [job])
+        events = _stream(answer, body.model, request.scope.get("request_id", ""))
+        return sse.EventStream(events, answer.headers, answer.leave)
     (choice,) = await collect_or_leave(answer, request.receive)
     # ASCII, as a model can write half of a surrogate pair into a call, which UTF-8 has not.
     content = json.dumps(whole_message(body.model, choice))

@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final, ParamSpec, TypeVar
 
-from redis import Redis
-
 from mixfleet_broker.attendance import attend
 from mixfleet_broker.connection import connect, find_redis_url
 from mixfleet_broker.errors import BrokerError, UnknownModelError
@@ -189,8 +187,4 @@ class Fleet:
 
     async def _attend_all(self) -> None:
         if self._attended:
-            await self.call(self._attend, sorted(self._attended))
-
-    def _attend(self, job_ids: Sequence[str]) -> None:
-        redis: Redis = self.redis
-        attend(redis, job_ids, prefix=self.prefix)
+            await self.with_redis(attend, sorted(self._attended))

@@ -60,7 +60,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = {name: value for name, value in scope["headers"]}  # noqa: C416 - the last wins
+        headers = dict(scope["headers"])
         request_id = _request_id(headers.get(REQUEST_ID.encode(), b""))
         scope["request_id"] = request_id
         begun = False

@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 
 from redis import Redis
 
-from mixfleet_broker.channel import Bell, decode_entry, read_channels, ring
+from mixfleet_broker.channel import Bell, decode_entry, read_channels, read_events, ring
 from mixfleet_broker.errors import BrokerError, MessageError
 from mixfleet_broker.keys import READER_BELL
 from mixfleet_broker.messages import JobEnd, JobEvent
@@ -93,6 +93,15 @@ class Subscription:
             for name, reader in self._readers.items():
                 reader.remove(name)
             self._readers.clear()
+
+    def give_up(self, job_id: str, error: MessageError) -> None:
+        """Take it that a channel cannot be read at all; called in the event loop."""
+        place = self._after.pop(job_id, None)
+        self._readers.pop(job_id, None)
+        if place is not None:
+            self._arrived.append((job_id, place, error))
+            if self._waiter is not None:
+                _wake(self._waiter)
 
     def _take(self, job_id: str, entry: Any) -> None:
         event: JobEvent | MessageError
@@ -224,9 +233,26 @@ class _Reader(threading.Thread):
             except BrokerError as error:
                 if not self._is_stopped:
                     logger.warning("channels_not_read error=%s", error)
+                    self._leave_out_broken()
                     time.sleep(_BREATHER_S)
             except RuntimeError:  # the event loop is closed: so is the gateway
                 return
+
+    def _leave_out_broken(self) -> None:
+        """Give up the channels that alone make the command fail: keys of a wrong type."""
+        with self._lock:
+            channels = dict(self._channels)
+        for job_id, (subscription, place) in channels.items():
+            try:
+                read_events(self._redis, job_id, place, prefix=self._prefix)
+            except MessageError:
+                pass  # one bad entry, which is told where it is decoded
+            except BrokerError as error:
+                if error.retryable:
+                    return
+                self.remove(job_id)
+                broken = MessageError(f"channel of job {job_id}: {error}")
+                self._loop.call_soon_threadsafe(subscription.give_up, job_id, broken)
 
     def _turn(self) -> None:
         with self._lock:

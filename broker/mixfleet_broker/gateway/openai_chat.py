@@ -35,10 +35,11 @@ async def create_chat_completion(request: Request, body: ChatBody) -> Response:
     caller = await service.gate.caller(request)
     jobs = chat_jobs(body, job_ids(request, caller, body.n or 1))
     reply = _Reply(body, jobs)
+    answer = await service.begin(
+        request, caller, jobs, streams=body.stream, priority=body.priority()
+    )
     if body.stream:
-        answer = await service.begin_stream(request, caller, jobs, priority=body.priority())
-        return sse.EventStream(reply.stream(answer), answer.headers)
-    answer = await service.begin(request, caller, jobs, priority=body.priority())
+        return sse.EventStream(reply.stream(answer), answer.headers, answer.leave)
     choices = await collect_or_leave(answer, request.receive)
     return JSONResponse(reply.whole(choices), headers=answer.headers)
 
@@ -53,7 +54,7 @@ def chat_jobs(body: ChatBody, ids: list[str]) -> list[ChatJob]:
             model=body.model,
             messages=tuple(m.message(f"messages.{i}") for i, m in enumerate(body.messages)),
             tools=tools,
-            tool_choice=body.choice_of_tool() if tools else "auto",
+            tool_choice=body.choice_of_tool(),
             output_format=body.response_format.output_format() if body.response_format else None,
             sampling=of_choice(settings, index),
         )

@@ -29,10 +29,11 @@ async def create_completion(request: Request, body: CompletionBody) -> Response:
     body.check()
     jobs = completion_jobs(body, job_ids(request, caller, body.num_choices()))
     reply = _Reply(body, jobs)
+    answer = await service.begin(
+        request, caller, jobs, streams=body.stream, priority=body.priority()
+    )
     if body.stream:
-        answer = await service.begin_stream(request, caller, jobs, priority=body.priority())
-        return sse.EventStream(reply.stream(answer), answer.headers)
-    answer = await service.begin(request, caller, jobs, priority=body.priority())
+        return sse.EventStream(reply.stream(answer), answer.headers, answer.leave)
     choices = await collect_or_leave(answer, request.receive)
     return JSONResponse(reply.whole(choices), headers=answer.headers)
 

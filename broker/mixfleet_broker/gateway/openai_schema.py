@@ -22,6 +22,7 @@ from mixfleet_broker.terms import Priority
 
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
+_MAX_ID_DIGITS = 10
 
 
 class Body(BaseModel):
@@ -286,12 +287,12 @@ def text_of(content: str | list[TextPart] | None) -> str:
 def _biases(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
     biases = []
     for name, bias in given.items():
-        if not (name.isascii() and name.isdigit()):
+        if not (name.isascii() and name.isdigit() and len(name) <= _MAX_ID_DIGITS):
             raise ApiError(
                 400,
                 f"logit_bias.{name[:40]}: must be a token's id",
                 code="invalid_value",
                 param="logit_bias",
             )
-        biases.append((int(name[:12]), bias))
+        biases.append((int(name), bias))
     return tuple(sorted(biases))

@@ -58,7 +58,9 @@ async def create(request: Request, body: ResponseBody) -> Response:
             return sse.EventStream(stream_of_record(service, record), answer.headers)
         return JSONResponse(await response_now(service, record), headers=answer.headers)
     if body.stream:
-        return sse.EventStream(stream_of_answer(service, record, answer), answer.headers)
+        return sse.EventStream(
+            stream_of_answer(service, record, answer), answer.headers, answer.leave
+        )
     try:
         reading = await or_leave(answer, read_to_end(service, record, answer), request.receive)
     except ApiError:
@@ -142,12 +144,12 @@ async def _begin(
     if body.is_stored:
         ttl_s = service.settings.response_ttl_s
         record, is_new = await service.fleet.with_redis(create_response, record, ttl_s)
-    begin = service.begin_stream if body.stream and not body.background else service.begin
     try:
-        answer = await begin(
+        answer = await service.begin(
             request,
             caller,
             [job],
+            streams=bool(body.stream) and not body.background,
             priority=body.priority(),
             on_disconnect="continue" if body.background else None,
         )

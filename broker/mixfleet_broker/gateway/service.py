@@ -12,6 +12,7 @@ from starlette.requests import Request
 from mixfleet_broker.errors import (
     InquiriesFullError,
     InquiryTimeoutError,
+    JobConflictError,
     MessageError,
     MixfleetError,
     NoWorkerError,
@@ -25,6 +26,7 @@ from mixfleet_broker.inquiry_codec import CheckJob, Inquiry, InquiryAnswer
 from mixfleet_broker.job_codec import encode_job
 from mixfleet_broker.messages import ChatJob, new_job_id
 from mixfleet_broker.settings import Settings
+from mixfleet_broker.submitting import num_prompt_bytes
 from mixfleet_broker.terms import PRIORITIES, JobTerms, Priority
 from mixfleet_broker.traceparent import valid_traceparent
 
@@ -62,6 +64,7 @@ class Service:
         caller: Caller,
         jobs: Sequence[ChatJob],
         *,
+        streams: bool = False,
         priority: Priority | None = None,
         on_disconnect: Disconnect | None = None,
     ) -> Answer:
@@ -71,6 +74,8 @@ class Service:
             request: Its headers may set priority, deadlines, and what its going away means.
             caller: Who pays.
             jobs: One for each choice, all of one model.
+            streams: Wait a moment, so that a job refused by its worker is an HTTP error and not an
+                error in a stream.
             priority: As the body says it; the header wins.
             on_disconnect: For a dialect with its own rule; else the header, then the setting.
 
@@ -111,9 +116,13 @@ class Service:
         )
         try:
             await answer.submit()
-        except ApiError:
-            await self.gate.refund(caller, admission)
+        except ApiError as error:
+            # What is charged under this id is another job's, which goes on.
+            if error.code != JobConflictError.code:
+                await self.gate.refund(caller, admission)
             raise
+        if streams:
+            await answer.peek(_PEEK_S)
         return answer
 
     async def _check(self, job: ChatJob, context_length: int | None) -> None:
@@ -122,22 +131,6 @@ class Service:
         if _needs_check(job, payload, context_length):
             with suppress(NoWorkerError, InquiriesFullError, InquiryTimeoutError):
                 await self.ask(job.model, CheckJob(payload=payload), _CHECK_S)
-
-    async def begin_stream(
-        self,
-        request: Request,
-        caller: Caller,
-        jobs: Sequence[ChatJob],
-        *,
-        priority: Priority | None = None,
-        on_disconnect: Disconnect | None = None,
-    ) -> Answer:
-        """Do as :meth:`begin`, and wait a moment: a job refused by its worker is an HTTP error."""
-        answer = await self.begin(
-            request, caller, jobs, priority=priority, on_disconnect=on_disconnect
-        )
-        await answer.peek(_PEEK_S)
-        return answer
 
 
 def job_ids(request: Request, caller: Caller, number: int) -> list[str]:
@@ -237,12 +230,7 @@ def _needs_check(job: ChatJob, payload: bytes, context_length: int | None) -> bo
 
 def _most_tokens(job: ChatJob, context_length: int | None) -> int:
     """Return what a job may use at most: its prompt, by its bytes, and its longest answer."""
-    texts = [job.prompt or "", *(message.content for message in job.messages)]
-    prompt = len(job.prompt_token_ids) or sum(map(_num_bytes, texts)) // BYTES_PER_TOKEN + 1
+    prompt = num_prompt_bytes(job) // BYTES_PER_TOKEN + 1
     if job.sampling.max_tokens is not None:
         return prompt + job.sampling.max_tokens
     return max(prompt, context_length) if context_length else prompt + _ANSWER_TOKENS
-
-
-def _num_bytes(text: str) -> int:
-    return len(text.encode(errors="replace"))

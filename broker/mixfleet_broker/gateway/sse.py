@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from starlette.responses import Response
@@ -40,23 +40,28 @@ class EventStream(Response):
     Args:
         body: The pieces; closed when the client goes away, or at the end.
         headers: Beside those that all streams have.
+        leave: Called at the end in any case, also where the body was never begun.
     """
 
     def __init__(
-        self, body: AsyncIterator[bytes], headers: Mapping[str, str] | None = None
+        self,
+        body: AsyncIterator[bytes],
+        headers: Mapping[str, str] | None = None,
+        leave: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._body = body
+        self._leave = leave
         self.status_code = 200
         self.background = None
         self.init_headers({**HEADERS, **(headers or {})})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         """Send everything; stop at once when the client goes away."""
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         sending = asyncio.current_task()
         assert sending is not None
         watching = asyncio.create_task(_cancel_when_gone(receive, sending))
         try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for piece in self._body:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -71,6 +76,8 @@ class EventStream(Response):
             close = getattr(self._body, "aclose", None)
             if close is not None:
                 await close()
+            if self._leave is not None:
+                await self._leave()
 
 
 async def _cancel_when_gone(receive: Receive, sending: "asyncio.Task[Any]") -> None:

@@ -91,8 +91,10 @@ class JobWatch:
         """Return how many of them have not started."""
         return self._num_waiting
 
-    def submitting(self, job: ChatJob, key_id: str) -> None:
-        """Begin to watch a job."""
+    def submitting(self, job: ChatJob, key_id: str) -> bool:
+        """Begin to watch a job; False when an earlier request under its id is watched already."""
+        if job.job_id in self._jobs:
+            return False
         watched = self._jobs[job.job_id] = WatchedJob(
             job_id=job.job_id,
             model=job.model,
@@ -103,6 +105,7 @@ class JobWatch:
         self._num_waiting += 1
         for observer in self.observers:
             observer.submitting(watched)
+        return True
 
     def refused(self, job: ChatJob, error: MixfleetError) -> None:
         """Forget a job that was not taken, or whose request was not."""

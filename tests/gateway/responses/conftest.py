@@ -9,7 +9,7 @@ from openai import OpenAI
 from support.echo_worker import EchoWorker
 from support.gateway import GatewayProcess
 from support.hand_worker import HandWorker
-from support.openai_client import client_of
+from support.openai_client import openai_client
 from support.redis_server import redis as redis
 from support.redis_server import redis_server as redis_server
 from support.redis_server import redis_url as redis_url
@@ -23,7 +23,7 @@ def gateway(redis_url: str, tmp_path: Path) -> Iterator[GatewayProcess]:
 
 @pytest.fixture
 def client(gateway: GatewayProcess) -> Iterator[OpenAI]:
-    with client_of(gateway) as client:
+    with openai_client(gateway) as client:
         yield client
 
 

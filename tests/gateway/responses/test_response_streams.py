@@ -13,7 +13,7 @@ from mixfleet_broker.messages import JobEnd, Usage
 from support.echo_worker import EchoWorker
 from support.gateway import GatewayProcess
 from support.hand_worker import HandWorker, job_of
-from support.openai_client import client_of, ended, has_final, job_id_of
+from support.openai_client import ended, has_final, job_id_of, openai_client
 from support.worker_process import until
 
 pytestmark = pytest.mark.slow  # a gateway process starts in a second or two
@@ -81,7 +81,7 @@ def test_a_stream_goes_on_at_another_gateway_after_any_event_when_its_own_was_ki
         assert list(redis.scan_iter(READER("*"))) == []
     gateway.process.kill()
     gateway.process.wait()
-    with GatewayProcess(redis_url, tmp_path) as other, client_of(other) as client2:
+    with GatewayProcess(redis_url, tmp_path) as other, openai_client(other) as client2:
         for number in reversed(range(NUM_EVENTS)):
             complete(hand, cut[number][0], number)
         for number, (_, before, stream) in cut.items():

@@ -14,7 +14,7 @@ from mixfleet_broker.keys import CHANNEL, RESPONSE
 from mixfleet_broker.messages import ChatMessage, JobEnd, OutputFormat, ToolCall
 from support.gateway import GatewayProcess
 from support.hand_worker import HandWorker, job_of
-from support.openai_client import client_of, ended, has_final, job_id_of
+from support.openai_client import ended, has_final, job_id_of, openai_client
 from support.worker_process import until
 
 pytestmark = pytest.mark.slow  # a gateway process starts in a second or two
@@ -264,7 +264,7 @@ def test_a_refused_job_leaves_no_record(client: OpenAI, redis: Redis) -> None:
 def test_a_response_of_another_key_is_not_there(gateway: GatewayProcess, redis: Redis) -> None:
     keys = ApiKeys(redis)
     secrets = [keys.create(KeyTerms(name=name))[1] for name in ("mine", "other")]
-    mine, other = (client_of(gateway, secret) for secret in secrets)
+    mine, other = (openai_client(gateway, secret) for secret in secrets)
     with mine, other:
         made = mine.responses.create(model="tiny", input="Hi")
         assert mine.responses.retrieve(made.id).output_text == "Hi"

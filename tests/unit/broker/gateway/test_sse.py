@@ -126,3 +126,20 @@ def test_a_wire_that_breaks_closes_the_body() -> None:
         assert pieces.was_closed
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("breaks_after", [0, 2, None])
+def test_the_end_is_told_even_of_a_body_that_was_never_begun(breaks_after: int | None) -> None:
+    left: list[bool] = []
+
+    async def leave() -> None:
+        left.append(True)
+
+    async def scenario() -> None:
+        connection, pieces = Connection(breaks_after), Pieces(3)
+        response = EventStream(pieces.iterate(), leave=leave)
+        await response({}, connection.receive, connection.send)
+        assert pieces.was_closed == (breaks_after != 0)
+
+    asyncio.run(scenario())
+    assert left == [True]
