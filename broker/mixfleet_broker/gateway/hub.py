@@ -202,6 +202,9 @@ class _Reader(threading.Thread):
         self._num_changes = 0
         self._num_rung = 0
         self._is_stopped = False
+        # One reply at a time is on its way to the event loop: a thread that ran ahead of a busy
+        # loop would fill the memory that a paused subscription is there to save.
+        self._handover = threading.Semaphore(1)
 
     @property
     def num_channels(self) -> int:
@@ -225,6 +228,7 @@ class _Reader(threading.Thread):
     def stop(self) -> None:
         with self._lock:
             self._is_stopped = True
+        self._handover.release()
 
     def run(self) -> None:
         while not self._is_stopped:
@@ -235,8 +239,11 @@ class _Reader(threading.Thread):
                     logger.warning("channels_not_read error=%s", error)
                     self._leave_out_broken()
                     time.sleep(_BREATHER_S)
-            except RuntimeError:  # the event loop is closed: so is the gateway
-                return
+            except Exception:  # the top of a thread; at the end its connection is closed under it
+                if self._is_stopped or self._loop.is_closed():
+                    return
+                logger.exception("channels_not_read")
+                time.sleep(_BREATHER_S)
 
     def _leave_out_broken(self) -> None:
         """Give up the channels that alone make the command fail: keys of a wrong type."""
@@ -269,7 +276,14 @@ class _Reader(threading.Thread):
                 if self._channels.get(job_id, (None,))[0] is subscription:
                     self._channels[job_id] = subscription, entries[-1][0].decode()
         arrived = [(channels[job_id][0], job_id, entries) for job_id, entries in found.items()]
-        self._loop.call_soon_threadsafe(_deliver, arrived)
+        self._handover.acquire()
+        self._loop.call_soon_threadsafe(self._deliver, arrived)
+
+    def _deliver(self, arrived: Iterable[tuple[Subscription, str, Iterable[Any]]]) -> None:
+        """Give entries to whom they are for; in the event loop."""
+        for subscription, job_id, entries in arrived:
+            subscription.deliver(job_id, entries)
+        self._handover.release()
 
     def _ring(self) -> None:
         """Wake the thread, once for all changes up to now."""
@@ -282,11 +296,6 @@ class _Reader(threading.Thread):
             ring(self._redis, self._bell.key, number)
         except BrokerError as error:  # the thread looks again after its block
             logger.warning("bell_not_rung error=%s", error)
-
-
-def _deliver(arrived: Iterable[tuple[Subscription, str, Iterable[Any]]]) -> None:
-    for subscription, job_id, entries in arrived:
-        subscription.deliver(job_id, entries)
 
 
 def _wake(waiter: "asyncio.Future[None]") -> None:
