@@ -95,6 +95,16 @@ def test_the_engines_in_the_readme_are_those_of_the_benchmark(shown: str, engine
     assert f"| {shown} | {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
 
 
+def test_the_readme_quotes_the_gateways_figures() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "gateway.json").read_text())
+    added = result["512"]["added_chunk_ms"]["p95"]
+    pushed, polled = (result["64"][way]["chunk_ms"]["p95"] for way in ("gateway", "poll"))
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"takes {added:.1f} ms longer (p95, 512 streams)" in readme
+    assert f"it arrives after {pushed:.1f} ms" in readme
+    assert f"has it after {polled:.0f} ms" in readme
+
+
 def test_the_figures_of_the_broker_in_the_readme_are_those_of_the_benchmark() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "broker.json").read_text())
     rates = (result["rates"][who]["both_per_s"] for who in ("mixfleet", "rq", "celery"))

@@ -201,7 +201,7 @@ class _Reader(threading.Thread):
         self._channels: dict[str, tuple[Subscription, str]] = {}
         self._num_changes = 0
         self._num_rung = 0
-        self._is_stopped = False
+        self._stopped = threading.Event()
         # One reply at a time is on its way to the event loop: a thread that ran ahead of a busy
         # loop would fill the memory that a paused subscription is there to save.
         self._handover = threading.Semaphore(1)
@@ -226,21 +226,20 @@ class _Reader(threading.Thread):
             self._channels.pop(job_id, None)
 
     def stop(self) -> None:
-        with self._lock:
-            self._is_stopped = True
+        self._stopped.set()
         self._handover.release()
 
     def run(self) -> None:
-        while not self._is_stopped:
+        while not self._stopped.is_set():
             try:
                 self._turn()
             except BrokerError as error:
-                if not self._is_stopped:
+                if not self._stopped.is_set():
                     logger.warning("channels_not_read error=%s", error)
                     self._leave_out_broken()
                     time.sleep(_BREATHER_S)
             except Exception:  # the top of a thread; at the end its connection is closed under it
-                if self._is_stopped or self._loop.is_closed():
+                if self._stopped.is_set() or self._loop.is_closed():
                     return
                 logger.exception("channels_not_read")
                 time.sleep(_BREATHER_S)
