@@ -77,7 +77,13 @@ def _placed(batch: Batch) -> DeviceChunks:
     # One copy to the device: three columns, then the tables.
     rows = list(
         chain.from_iterable(
-            (first, count, chunk.start, *chunk.block_table, *[0] * (widest - len(chunk.block_table)))
+            (
+                first,
+                count,
+                chunk.start,
+                *chunk.block_table,
+                *[0] * (widest - len(chunk.block_table)),
+            )
             for first, count, chunk in zip(batch.firsts, counts, chunks, strict=True)
         )
     )
