@@ -5,7 +5,6 @@ Shape letters: T tokens in the step, C chunks, M blocks of the longest block tab
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -75,19 +74,11 @@ def _placed(batch: Batch) -> DeviceChunks:
         num_decodes = 0  # not in the scheduler's order; the way of prefills is right for all
     widest = max(len(chunk.block_table) for chunk in chunks)
     # One copy to the device: three columns, then the tables.
-    rows = list(
-        chain.from_iterable(
-            (
-                first,
-                count,
-                chunk.start,
-                *chunk.block_table,
-                *[0] * (widest - len(chunk.block_table)),
-            )
-            for first, count, chunk in zip(batch.firsts, counts, chunks, strict=True)
-        )
-    )
-    table = torch.tensor(rows, dtype=torch.int32).view(len(chunks), -1)
+    rows = [
+        (first, count, chunk.start, *chunk.block_table, *[0] * (widest - len(chunk.block_table)))
+        for first, count, chunk in zip(batch.firsts, counts, chunks, strict=True)
+    ]
+    table = torch.tensor(rows, dtype=torch.int32)
     table = table.to(batch.device, non_blocking=True)
     return DeviceChunks(
         first_rows=table[:, 0].contiguous(),
