@@ -227,6 +227,9 @@ class EngineConfig:
     """Whether requests share the KV cache of equal beginnings."""
     itl_target_s: float = 0.1
     """Longest time between two tokens of a running answer that prefilling another may cause."""
+    pipelined: bool | None = None
+    """Whether a step is launched before the tokens of the one before are read; None: on one GPU,
+    where launching does not wait. Not for several ranks: only the first knows the tokens."""
     threads: int | None = None
     """CPU threads; None: torch's own default, less one core for what runs beside the engine."""
 

@@ -51,6 +51,7 @@ def load_engine(
     """
     model = ModelConfig.from_checkpoint(path)
     ranks = ranks or OneRank()
+    pipelined = _is_pipelined(config, ranks.shard.world)
     sizes = planned_sizes(model, config, ranks.shard.world)
     runner = load_runner(path, config, progress, ranks)
     scheduler = Scheduler(
@@ -64,7 +65,11 @@ def load_engine(
         itl_target_s=config.itl_target_s,
         grammars=None if tokenizer is None else Grammars(tokenizer, model.vocab_size),
     )
-    return Engine(LeadingRunner(runner, ranks) if ranks.shard.world > 1 else runner, scheduler)
+    return Engine(
+        LeadingRunner(runner, ranks) if ranks.shard.world > 1 else runner,
+        scheduler,
+        pipelined=pipelined,
+    )
 
 
 def planned_sizes(model: ModelConfig, config: EngineConfig, world: int = 1) -> EngineSizes:
@@ -126,6 +131,16 @@ def load_runner(
     _warn_of_short_cache(num_blocks * config.block_size, config.context_of(model))
     ranks.wait_for_loaded()
     return ModelRunner(loaded, cache, device)
+
+
+def _is_pipelined(config: EngineConfig, world: int) -> bool:
+    if config.pipelined is None:
+        return world == 1 and resolve_device(config.device).type == "cuda"
+    if config.pipelined and world > 1:
+        raise ConfigError(
+            f"pipelined=True: not with {world} ranks, of which only the first samples"
+        )
+    return config.pipelined
 
 
 def _warn_of_short_cache(num_tokens: int, context_length: int) -> None:

@@ -81,9 +81,23 @@ class _Script:
         return SampledToken(token_id, found)
 
 
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Implements :class:`~mixfleet_engine.launch.Launch`: takes its time."""
+
+    tokens: list[SampledToken]
+    duration_s: float
+    sleep: Callable[[float], None]
+
+    def read(self) -> list[SampledToken]:
+        if self.duration_s > 0:
+            self.sleep(self.duration_s)
+        return self.tokens
+
+
 @dataclass(slots=True)
 class _ScriptReader:
-    """The runner: takes its time and reads the tokens from the scripts."""
+    """The runner: reads the tokens from the scripts."""
 
     num_blocks: int
     block_size: int
@@ -93,8 +107,8 @@ class _ScriptReader:
     scripts: dict[str, _Script] = field(default_factory=dict)
     """By request id; the engine adds and removes them."""
 
-    def run(self, plan: StepPlan) -> list[SampledToken]:
-        # First the tokens: a request may be aborted while this sleeps.
+    def launch(self, plan: StepPlan) -> _Reading:
+        # Now: a request may be aborted before its tokens are read.
         sampled = [
             self.scripts[chunk.request_id].sampled(
                 chunk.position, chunk.sampling.logprobs, chunk.grammar
@@ -102,9 +116,7 @@ class _ScriptReader:
             for chunk in plan.chunks
             if chunk.samples
         ]
-        if (duration_s := self.step_s + self.token_s * plan.num_tokens) > 0:
-            self.sleep(duration_s)
-        return sampled
+        return _Reading(sampled, self.step_s + self.token_s * plan.num_tokens, self.sleep)
 
 
 class SimulatedEngine(Engine):

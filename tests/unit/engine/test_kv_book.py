@@ -164,7 +164,7 @@ def test_blocks_without_finite_logits_are_never_found_and_cleared_for_the_next_o
     assert book.unclean == ()  # nobody needs them yet
     other = take_all(book)
     assert (other.num_cached, book.unclean) == (0, tuple(sorted(table)))
-    book.cleared(book.unclean)
+    assert book.take_unclean() == tuple(sorted(table))
     assert book.unclean == ()
 
 
