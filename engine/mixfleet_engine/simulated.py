@@ -140,6 +140,8 @@ class SimulatedEngine(Engine):
         itl_target_s: Seconds that a step with decodes should take at most; it bounds the prefill
             in it.
         clock: Seconds; deadlines are on this clock.
+        pipelined: Whether each step begins before the tokens of the one before are read, as on a
+            GPU. It takes no less time for that.
         tokenizer: Of ``token_ids``, for requests with a grammar; None: these are refused. Their
             answers are random, but follow it.
 
@@ -164,6 +166,7 @@ class SimulatedEngine(Engine):
         prefix_cache: bool = True,
         itl_target_s: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
+        pipelined: bool = False,
         tokenizer: Tokenizer | None = None,
     ) -> None:
         _check(token_ids, answer_lengths, step_s=step_s, token_s=token_s, block_size=block_size)
@@ -187,7 +190,7 @@ class SimulatedEngine(Engine):
         self._reader = _ScriptReader(scheduler.num_blocks, block_size, step_s, token_s, sleep)
         self._token_ids = token_ids
         self._answer_lengths = answer_lengths
-        super().__init__(self._reader, scheduler, clock=clock)
+        super().__init__(self._reader, scheduler, clock=clock, pipelined=pipelined)
 
     def submit(self, request: GenerateRequest) -> None:
         """Queue ``request``; it joins at the next step that has room and no better use for it.

@@ -1,14 +1,16 @@
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from mixfleet_engine import loading
-from mixfleet_engine.config import EngineConfig
+from mixfleet_engine.config import EngineConfig, Shard
 from mixfleet_engine.errors import CheckpointError, ConfigError
 from mixfleet_engine.loading import load_engine, resolve_device, resolve_dtype
+from mixfleet_engine.ranks import OneRank
 from mixfleet_engine.request import GenerateRequest
 from support.tiny_model import tiny_config, write_hf_checkpoint, write_mistral_checkpoint
 
@@ -33,6 +35,37 @@ def test_the_engines_context_is_the_setting_or_the_models(tmp_path: Path) -> Non
     assert load_engine(folder, CONFIG).context_length == 64
     shorter = EngineConfig(dtype="float32", device="cpu", num_blocks=16, context_length=20)
     assert load_engine(folder, shorter).context_length == 20
+
+
+@pytest.mark.parametrize(("setting", "ahead"), [(None, False), (False, False), (True, True)])
+def test_an_engine_on_a_cpu_is_pipelined_only_if_told_to(
+    tmp_path: Path, setting: bool | None, *, ahead: bool
+) -> None:
+    engine = load_engine(write_hf_checkpoint(tmp_path, SMALL), replace(CONFIG, pipelined=setting))
+    engine.submit(GenerateRequest(request_id="a", prompt_token_ids=(5, 6, 7), max_tokens=9))
+    engine.step()
+    assert engine.abort("a")
+    assert engine.has_work == ahead, "a second step runs"
+
+
+class TwoRanks(OneRank):
+    """The first of two."""
+
+    shard = Shard(rank=0, world=2)
+
+
+def test_several_ranks_cannot_be_pipelined(tmp_path: Path) -> None:
+    folder = write_hf_checkpoint(tmp_path, SMALL)
+    with pytest.raises(ConfigError, match="pipelined=True: not with 2 ranks"):
+        load_engine(folder, replace(CONFIG, pipelined=True), ranks=TwoRanks())
+
+
+@pytest.mark.parametrize(("world", "pipelined"), [(1, True), (2, False)])
+def test_an_engine_on_one_gpu_is_pipelined(
+    monkeypatch: pytest.MonkeyPatch, world: int, *, pipelined: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert loading._is_pipelined(EngineConfig(), world) == pipelined
 
 
 def test_progress_ends_at_the_total(tmp_path: Path) -> None:

@@ -84,6 +84,13 @@ def test_a_step_that_fails_on_the_first_rank_is_the_end_of_the_group() -> None:
     assert not isinstance(caught.value, Exception)
 
 
+def test_a_step_that_fails_when_it_is_read_is_the_end_of_the_group_too() -> None:
+    runner = FakeRunner(num_blocks=4, block_size=4, vocab_size=VOCAB, failing_reads=1)
+    launched = LeadingRunner(runner, RecordedRanks()).launch(plan(chunk([1, 2], block_table=[0])))
+    with pytest.raises(RanksLostError, match="the fake device is lost"):
+        launched.read()
+
+
 def test_one_rank_alone_sums_gathers_and_tells_nobody() -> None:
     import torch
 

@@ -13,7 +13,7 @@ from mixfleet_engine.history import TokenHistory
 from mixfleet_engine.loading import load_runner
 from mixfleet_engine.request import SamplingParams
 from mixfleet_engine.runner import ModelRunner
-from mixfleet_engine.step import NO_TOKEN, PlannedChunk, SampledToken, StepPlan
+from mixfleet_engine.step import NO_TOKEN, UNREAD, PlannedChunk, SampledToken, StepPlan
 from support.dense_mixtral import dense_greedy, dense_logits
 from support.plans import chunk, plan, table
 from support.tiny_model import (
@@ -169,6 +169,28 @@ def test_an_empty_plan_samples_nothing(runner: ModelRunner) -> None:
 def test_the_same_step_again_gives_the_same_token(runner: ModelRunner) -> None:
     planned = plan(chunk(prompt(6), block_table=[4, 5]))
     assert runner.run(planned) == runner.run(planned)
+
+
+def test_an_unread_token_is_what_the_launch_before_has_sampled(runner: ModelRunner) -> None:
+    first, second = chunk(prompt(5), block_table=[0, 1]), chunk(prompt(6, 1), block_table=[2, 3])
+    middle = chunk(prompt(3, 2), block_table=[4], samples=False)
+    launched = runner.launch(plan(first, middle, second))
+    unread = replace(chunk([UNREAD], start=6, block_table=[2, 3], position=1), unread_row=1)
+    (ahead,) = runner.launch(plan(unread)).read()
+    sampled = launched.read()[1].token_id
+    known = replace(unread, token_ids=(sampled,), unread_row=None)
+    assert runner.run(plan(known)) == [ahead]
+
+
+def test_where_there_was_no_token_the_row_runs_on_and_hurts_no_other(tmp_path: Path) -> None:
+    runner = runner_of(spoilt_checkpoint(tmp_path, 5))
+    broken, good = chunk([1, 5], block_table=[3]), chunk([1, 2, 3], block_table=[2])
+    runner.launch(plan(broken, good))
+    after_broken = replace(chunk([UNREAD], start=2, block_table=[3]), unread_row=0)
+    after_good = replace(chunk([UNREAD], start=3, block_table=[2]), unread_row=1)
+    together = runner.launch(plan(after_broken, after_good)).read()
+    runner.launch(plan(broken, good))
+    assert together[1:] == runner.run(plan(after_good))
 
 
 def test_each_row_is_sampled_by_its_own_settings(runner: ModelRunner) -> None:

@@ -103,11 +103,17 @@ def test_a_newcomer_joins_a_plan_ahead() -> None:
     assert ids(ahead(scheduler)) == ["a", "b"]
 
 
-@pytest.mark.parametrize("penalty", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
-def test_a_token_that_a_penalty_counts_is_waited_for(penalty: str) -> None:
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(repetition_penalty=0.5),
+        SamplingParams(presence_penalty=0.5),
+        SamplingParams(frequency_penalty=-0.5),
+    ],
+)
+def test_a_token_that_a_penalty_counts_is_waited_for(sampling: SamplingParams) -> None:
     scheduler = make_scheduler()
     scheduler.submit(make_request("free"))
-    sampling = SamplingParams(**{penalty: 0.5})
     scheduler.submit(make_request("counts", sampling=sampling, max_tokens=2))
     first = scheduler.plan()
     assert scheduler.plan_ahead() is None
