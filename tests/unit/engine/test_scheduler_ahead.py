@@ -175,6 +175,21 @@ def test_nobody_loses_blocks_to_a_plan_ahead_and_the_last_one_pauses() -> None:
     assert scheduler.num_preemptions == 0
 
 
+def test_who_lacks_a_block_that_a_later_one_holds_is_waited_for_and_not_left_out() -> None:
+    scheduler = make_scheduler(num_blocks=4)
+    scheduler.submit(make_request("old", prompt=range(3), max_tokens=12))
+    scheduler.submit(make_request("young", prompt=(1,), max_tokens=12))
+    plan = scheduler.plan()
+    while (second := scheduler.plan_ahead()) is not None:
+        assert ids(second) == ["old", "young"]
+        scheduler.commit(plan, tokens(5, 5))
+        plan = second
+    assert plan.chunks[0].start + 1 == 8, "the old one is about to need its third block"
+    assert plan.chunks[1].start + 1 == 6, "the young one has room for two tokens more"
+    scheduler.commit(plan, tokens(5, 5))
+    assert (ids(scheduler.plan()), scheduler.num_preemptions) == (["old"], 1)
+
+
 def test_what_comes_after_a_stop_token_is_ignored() -> None:
     scheduler = make_scheduler()
     scheduler.submit(make_request("stops", stops=(9,)))
@@ -271,6 +286,17 @@ def test_a_new_plan_makes_both_void_and_begins_where_the_last_commit_was() -> No
     assert set(again.clear_blocks) <= set(again.chunks[0].block_table)
     assert all(chunk.unread_row is None for chunk in again.chunks)
     assert (scheduler.num_preemptions, scheduler.free_slots) == (0, 2)
+
+
+def test_who_has_ended_while_two_steps_ran_does_not_begin_again() -> None:
+    scheduler = make_scheduler()
+    for name in "ab":
+        scheduler.submit(make_request(name))
+    scheduler.plan()
+    ahead(scheduler)
+    scheduler.abort("a")
+    assert ids(scheduler.plan()) == ["b"]
+    assert (scheduler.num_running, scheduler.num_waiting) == (1, 0)
 
 
 def test_the_prefix_cache_learns_a_block_only_when_its_tokens_are_booked() -> None:
