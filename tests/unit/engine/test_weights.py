@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from mixfleet_engine.checkpoint_mistral import rotary_halves_apart
 from mixfleet_engine.config import ModelConfig
 from mixfleet_engine.errors import CheckpointError
-from mixfleet_engine.weights import WeightLoader, open_checkpoint, weight_shapes
+from mixfleet_engine.weight_loader import WeightLoader
+from mixfleet_engine.weights import open_checkpoint, weight_shapes
 from support.tiny_model import (
     ExpertStorage,
     MistralFiles,
