@@ -43,6 +43,7 @@ class WeightLoader:
             in ``dtype``.
         progress: Called after each weight with the bytes of this rank.
         shard: Whose part to read; None: all of it.
+        reads_ahead: Whether a thread reads the next weights; None: for a GPU.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class WeightLoader:
         weight_dtype: str = "auto",
         progress: Progress | None = None,
         shard: Shard | None = None,
+        reads_ahead: bool | None = None,
     ) -> None:
         self.dtype = dtype
         self.device = device
@@ -69,7 +71,7 @@ class WeightLoader:
         numbers = sum(math.prod(self._cuts.shape(*item)) for item in self._shapes.items())
         self._bytes_total = numbers * dtype.itemsize
         self._ahead: ReadAhead[Read] | None = None
-        if device.type == "cuda":
+        if device.type == "cuda" if reads_ahead is None else reads_ahead:
             self._ahead = ReadAhead(
                 lambda name: _moved(self._read(name), _pinned),
                 tuple(self._shapes),
