@@ -125,6 +125,7 @@ class WeightLoader:
         found = self._on_device(name)
         if isinstance(found, PackedMatrix) and self._stays_packed(name, found):
             weight: Weight = found.int4()
+            self._heap.freed(found.n * found.k)  # of its scratch, a byte a number
         else:
             weight = self.stored(name, self._plain(found, self.dtype))
         self._report(name)
