@@ -27,8 +27,8 @@ Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all, counted as the engine holds them."""
 Read = Tensor | PackedMatrix
 
-READ_AHEAD_BYTES: Final = 1 << 30
-"""Pinned memory that waits for the GPU: 8 experts' matrices, which is 0.3 s of a good disk."""
+READ_AHEAD_BYTES: Final = 256 << 20
+"""Pinned memory of each rank that waits for its GPU: two matrices of an 8x7B's experts."""
 
 
 class WeightLoader:
@@ -83,6 +83,10 @@ class WeightLoader:
         """Stop reading ahead; to be called when the model is loaded, or will not be."""
         if self._ahead is not None:
             self._ahead.close()
+            # torch would keep the pinned memory for more of the same, of which there is none.
+            release = getattr(torch._C, "_host_emptyCache", None)
+            if release is not None and self.device.type == "cuda":
+                release()
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return a copy of the rank's part of one weight, in the engine's dtype or the given one.

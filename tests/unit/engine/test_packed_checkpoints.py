@@ -104,7 +104,7 @@ def test_every_number_is_the_one_that_was_packed(packing: Packing, tmp_path: Pat
         assert torch.equal(dequantise(weight, torch.float32), tensors[hf_name(name)]), name
 
 
-@pytest.mark.parametrize("packing", [AWQ, SYMMETRIC, Packing(method="gptq")], ids=str)
+@pytest.mark.parametrize("packing", RUN_AS_THEY_ARE, ids=str)
 def test_two_ranks_have_both_halves_of_every_matrix(packing: Packing, tmp_path: Path) -> None:
     tensors = write_packed_checkpoint(tmp_path, packing, ONE_LAYER)
     for rank in range(2):
