@@ -197,6 +197,12 @@ class Settings:
         choice("auto", "fp8", "int8", "int4"),
         "auto",
         "How the large matrices are stored; they are quantised while loading.",
+        shown="auto: as in an AWQ or GPTQ checkpoint, else in `dtype`",
+    )
+    kv_dtype: str = _setting(
+        choice("auto", "fp8"),
+        "auto",
+        "How keys and values are stored; fp8 takes half of bf16.",
         shown="auto: in `dtype`",
     )
     device: str = _setting(

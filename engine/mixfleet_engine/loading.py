@@ -2,28 +2,30 @@
 
 import logging
 import os
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
 from mixfleet_engine.backend_choice import choose_backend
 from mixfleet_engine.config import EngineConfig, ModelConfig
-from mixfleet_engine.devices import machine_of
+from mixfleet_engine.devices import machine_of, measured_free_bytes
 from mixfleet_engine.engine import Engine
 from mixfleet_engine.errors import ConfigError
 from mixfleet_engine.fit import require_fit
 from mixfleet_engine.grammar import Grammars
-from mixfleet_engine.kv_cache import KvCache
+from mixfleet_engine.kv_cache import FP8, KvCache
 from mixfleet_engine.model import MixtralModel
 from mixfleet_engine.ops.cpu import bfloat16_is_fast
-from mixfleet_engine.plan import EngineSizes, engine_sizes
+from mixfleet_engine.plan import EngineSizes, MemoryPlan, engine_sizes, packed_dtype
 from mixfleet_engine.rank_runner import LeadingRunner
 from mixfleet_engine.ranks import OneRank, Ranks
 from mixfleet_engine.runner import ModelRunner
 from mixfleet_engine.scheduler import Scheduler
 from mixfleet_engine.sharding import check_sharing, share_of
 from mixfleet_engine.tokenizer import Tokenizer
-from mixfleet_engine.weights import Progress, WeightLoader, open_checkpoint
+from mixfleet_engine.weight_loader import Progress, WeightLoader
+from mixfleet_engine.weights import open_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -77,17 +79,25 @@ def planned_sizes(model: ModelConfig, config: EngineConfig, world: int = 1) -> E
 
     Raises:
         DoesNotFitError: The model is too big for the memory; the text names what fits.
-        ConfigError: A setting asks for more than there is.
+        ConfigError: A setting asks for more than there is, or the weights cannot be run as it says.
     """
+    return engine_sizes(_plan(model, config, world), config, model)
+
+
+def _plan(model: ModelConfig, config: EngineConfig, world: int) -> MemoryPlan:
     device = resolve_device(config.device)
     dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
-    plan = require_fit(
+    weight_dtype: str = config.weight_dtype
+    if weight_dtype == "auto":
+        weight_dtype = packed_dtype(model) or dtype
+        if model.packed is not None:
+            model.packed.check_runs_as_it_is()
+    return require_fit(
         model,
         machine_of(device, world),
-        weight_dtype=dtype if config.weight_dtype == "auto" else config.weight_dtype,
-        kv_dtype=dtype,
+        weight_dtype=weight_dtype,
+        kv_dtype=dtype if config.kv_dtype == "auto" else config.kv_dtype,
     )
-    return engine_sizes(plan, config, model)
 
 
 def load_runner(
@@ -96,12 +106,17 @@ def load_runner(
     progress: Progress | None = None,
     ranks: Ranks | None = None,
 ) -> ModelRunner:
-    """Load the rank's part of the model and return what runs its steps; see `load_engine`."""
+    """Load the rank's part of the model and return what runs its steps; see `load_engine`.
+
+    On a GPU the KV cache gets what is free when the weights are there. What was planned before
+    from sizes alone only says whether it is worth to load them.
+    """
     ranks = ranks or OneRank()
     model = ModelConfig.from_checkpoint(path)
     check_sharing(model, ranks.shard.world, weight_dtype=config.weight_dtype)
+    plan = _plan(model, config, ranks.shard.world)
     # Before any rank loads: on a CPU each would find less memory than the one before.
-    num_blocks = ranks.lowest(planned_sizes(model, config, ranks.shard.world).num_blocks)
+    num_blocks = ranks.lowest(engine_sizes(plan, config, model).num_blocks)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     threads = config.threads or _spare_threads(ranks.shard.world)
@@ -116,14 +131,13 @@ def load_runner(
         progress=ranks.watched(progress),
         shard=ranks.shard,
     )
-    loaded = MixtralModel.load(loader, model, backend, config.context_of(model), ranks)
-    cache = KvCache(
-        share_of(model, ranks.shard),
-        num_blocks=num_blocks,
-        block_size=config.block_size,
-        dtype=dtype,
-        device=device,
-    )
+    with closing(loader):
+        loaded = MixtralModel.load(loader, model, backend, config.context_of(model), ranks)
+    free_bytes = measured_free_bytes(device)
+    if free_bytes is not None:
+        found = engine_sizes(plan.after_loading(free_bytes), config, model).num_blocks
+        num_blocks = ranks.lowest(found, is_loaded=True)
+    cache = _kv_cache(model, config, ranks, num_blocks)
     logger.info(
         "loaded %s: backend=%s dtype=%s weight_dtype=%s device=%s num_blocks=%d block_size=%d",
         *(path, backend.name, dtype, config.weight_dtype, device, num_blocks, config.block_size),
@@ -141,6 +155,17 @@ def _is_pipelined(config: EngineConfig, world: int) -> bool:
             f"pipelined=True: not with {world} ranks, of which only the first samples"
         )
     return config.pipelined
+
+
+def _kv_cache(model: ModelConfig, config: EngineConfig, ranks: Ranks, num_blocks: int) -> KvCache:
+    device = resolve_device(config.device)
+    return KvCache(
+        share_of(model, ranks.shard),
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        dtype=FP8 if config.kv_dtype == "fp8" else resolve_dtype(config.dtype, device),
+        device=device,
+    )
 
 
 def _warn_of_short_cache(num_tokens: int, context_length: int) -> None:

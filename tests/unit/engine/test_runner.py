@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixfleet_engine.config import EngineConfig, ModelConfig
+from mixfleet_engine.config import Backend, EngineConfig, KvDtype, ModelConfig
 from mixfleet_engine.history import TokenHistory
 from mixfleet_engine.loading import load_runner
 from mixfleet_engine.request import SamplingParams
@@ -255,6 +256,27 @@ def test_blocks_to_be_cleared_are_as_new(tmp_path: Path) -> None:
     owner = chunk([1], block_table=[3])
     assert runner.run(StepPlan(chunks=(owner,), clear_blocks=(3,))) == fresh
     assert runner.run(plan(owner)) == fresh
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_fp8_kv_cache_stays_near_a_plain_one(
+    backend: Backend, dtype: str, tmp_path: Path
+) -> None:
+    folder = write_hf_checkpoint(tmp_path, tiny_config(n_layers=1))
+    found = {}
+    for kv_dtype in get_args(KvDtype):
+        settings = EngineConfig(
+            dtype=dtype, device="cpu", num_blocks=4, kv_dtype=kv_dtype, backend=backend
+        )
+        runner = load_runner(folder, settings)
+        # A prefill of 32, then a decode that reads all of it.
+        runner.run(plan(chunk(prompt(32), block_table=[2, 1])))
+        found[kv_dtype] = runner.logits(plan(chunk([5], start=32, block_table=[2, 1, 3])))
+    difference = (found["fp8"] - found["auto"]).norm() / found["auto"].norm()
+    # Random weights make attention sharp, so that a score's rounding counts far more than in a
+    # trained model.
+    assert 0.001 < difference < 0.15
 
 
 def test_bf16_stays_near_fp32(tmp_path: Path) -> None:
