@@ -265,7 +265,7 @@ class Settings:
     response_ttl_s: float = _setting(
         seconds(at_least=1),
         86_400.0,
-        "How long a stored response of `/v1/responses` is kept, in seconds.",
+        "How long a stored response of `/v1/responses` is kept after its end, in seconds.",
     )
     max_body_bytes: int = _setting(
         whole(at_least=1024), 4 << 20, "Largest body of an HTTP request, in bytes."

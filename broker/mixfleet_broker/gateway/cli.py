@@ -66,7 +66,6 @@ def gateway(parent_pid: int | None, settings: Settings) -> None:
         http=GuardedProtocol,
         log_config=log_config(settings),
         access_log=False,
-        limit_concurrency=settings.max_connections,
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
         server_header=False,
         ws="none",

@@ -67,6 +67,7 @@ class Service:
         streams: bool = False,
         priority: Priority | None = None,
         on_disconnect: Disconnect | None = None,
+        keep_s: float | None = None,
     ) -> Answer:
         """Queue the jobs of one request and return their answer, which has just begun.
 
@@ -78,6 +79,7 @@ class Service:
                 error in a stream.
             priority: As the body says it; the header wins.
             on_disconnect: For a dialect with its own rule; else the header, then the setting.
+            keep_s: Of :class:`JobTerms`, for an answer that is a stored response.
 
         Raises:
             ApiError: The request cannot be served; nothing is queued.
@@ -104,7 +106,7 @@ class Service:
         answer = Answer(
             self.fleet,
             jobs,
-            replace(terms, ends_with_reader=leaving == "cancel"),
+            replace(terms, ends_with_reader=leaving == "cancel", keep_s=keep_s),
             caller.rules(self.fleet.rules),
             self.watch,
             key_id=caller.name,
