@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from redis import Redis
 from redis.client import Pipeline
-from redis.exceptions import RedisError
+from redis.exceptions import ResponseError
 
 from mixfleet_broker.errors import MessageError
 from mixfleet_broker.event_codec import TOKENS, decode_event, encode_chunk
@@ -129,12 +129,13 @@ def read_channels(
 
 def ring(redis: Redis, bell_key: str, number: int) -> None:
     """Ring a reader's bell for the ``number``th time; a ring that comes too late is not needed."""
-    with redis_errors(), redis.pipeline(transaction=False) as pipeline:
-        pipeline.xadd(bell_key, {"n": number}, id=f"{number}-1", maxlen=1, approximate=False)
-        pipeline.expire(bell_key, _BELL_TTL_S)
-        for reply in pipeline.execute(raise_on_error=False):
-            if isinstance(reply, RedisError) and "equal or smaller" not in str(reply):
-                raise reply
+    with redis_errors():
+        try:
+            redis.xadd(bell_key, {"n": number}, id=f"{number}-1", maxlen=1, approximate=False)
+        except ResponseError as error:
+            if "equal or smaller" not in str(error):
+                raise
+        redis.expire(bell_key, _BELL_TTL_S)
 
 
 def delivered_tokens(redis: Redis, job_id: str, *, prefix: str = "") -> tuple[int, ...]:
