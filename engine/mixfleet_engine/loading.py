@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from mixfleet_engine.scheduler import Scheduler
 from mixfleet_engine.sharding import check_sharing, share_of
 from mixfleet_engine.tokenizer import Tokenizer
 from mixfleet_engine.weight_loader import Progress, WeightLoader
-from mixfleet_engine.weights import open_checkpoint
+from mixfleet_engine.weights import Checkpoint, open_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -111,19 +112,66 @@ def load_runner(
     On a GPU the KV cache gets what is free when the weights are there. What was planned before
     from sizes alone only says whether it is worth to load them.
     """
-    ranks = ranks or OneRank()
     model = ModelConfig.from_checkpoint(path)
+    return make_runner(
+        lambda: open_checkpoint(path, model), model, config, progress, ranks or OneRank(), str(path)
+    )
+
+
+def make_runner(
+    opened: Callable[[], Checkpoint],
+    model: ModelConfig,
+    config: EngineConfig,
+    progress: Progress | None,
+    ranks: Ranks,
+    name: str,
+) -> ModelRunner:
+    """Return what runs the steps of a model whose weights may come from anywhere.
+
+    Args:
+        opened: Opens the weights; called when it is known that they fit.
+        model: Their sizes.
+        config: How to run it.
+        progress: As for `load_engine`.
+        ranks: As for `load_engine`.
+        name: What the log calls it.
+    """
     check_sharing(model, ranks.shard.world, weight_dtype=config.weight_dtype)
     plan = _plan(model, config, ranks.shard.world)
     # Before any rank loads: on a CPU each would find less memory than the one before.
     num_blocks = ranks.lowest(engine_sizes(plan, config, model).num_blocks)
+    device = resolve_device(config.device)
+    loaded, backend_name = _load_model(opened, model, config, progress, ranks)
+    free_bytes = measured_free_bytes(device)
+    if free_bytes is not None:
+        found = engine_sizes(plan.after_loading(free_bytes), config, model).num_blocks
+        num_blocks = ranks.lowest(found, is_loaded=True)
+    cache = _kv_cache(model, config, ranks, num_blocks)
+    logger.info(
+        "loaded %s: backend=%s dtype=%s weight_dtype=%s device=%s num_blocks=%d block_size=%d",
+        *(name, backend_name, resolve_dtype(config.dtype, device), config.weight_dtype, device),
+        *(num_blocks, config.block_size),
+    )
+    _warn_of_short_cache(num_blocks * config.block_size, config.context_of(model))
+    ranks.wait_for_loaded()
+    return ModelRunner(loaded, cache, device)
+
+
+def _load_model(
+    opened: Callable[[], Checkpoint],
+    model: ModelConfig,
+    config: EngineConfig,
+    progress: Progress | None,
+    ranks: Ranks,
+) -> tuple[MixtralModel, str]:
+    """Return the rank's part of the model and the name of its back-end."""
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     threads = config.threads or _spare_threads(ranks.shard.world)
     torch.set_num_threads(threads)
     backend = choose_backend(config, model, dtype=dtype, device=device, threads=threads)
     loader = WeightLoader(
-        open_checkpoint(path, model),
+        opened(),
         model,
         dtype=dtype,
         device=device,
@@ -133,18 +181,7 @@ def load_runner(
     )
     with closing(loader):
         loaded = MixtralModel.load(loader, model, backend, config.context_of(model), ranks)
-    free_bytes = measured_free_bytes(device)
-    if free_bytes is not None:
-        found = engine_sizes(plan.after_loading(free_bytes), config, model).num_blocks
-        num_blocks = ranks.lowest(found, is_loaded=True)
-    cache = _kv_cache(model, config, ranks, num_blocks)
-    logger.info(
-        "loaded %s: backend=%s dtype=%s weight_dtype=%s device=%s num_blocks=%d block_size=%d",
-        *(path, backend.name, dtype, config.weight_dtype, device, num_blocks, config.block_size),
-    )
-    _warn_of_short_cache(num_blocks * config.block_size, config.context_of(model))
-    ranks.wait_for_loaded()
-    return ModelRunner(loaded, cache, device)
+    return loaded, backend.name
 
 
 def _is_pipelined(config: EngineConfig, world: int) -> bool:
