@@ -51,8 +51,9 @@ class KvCache:
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Fill blocks with zeros in all layers."""
+        numbers = torch.tensor(blocks).to(self._layers[0].device)
         for layer in self._layers:
-            _movable(layer)[:, list(blocks)] = 0
+            _movable(layer).index_fill_(1, numbers, 0)
 
 
 def to_fp8(numbers: Tensor) -> Tensor:
