@@ -206,13 +206,13 @@ def _rms_norm(
     columns = tl.arange(0, BLOCK_D)
     inside = columns < D
     x = tl.load(x_ptr + row * D + columns, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if add_ptr is not None:
         if added_shares_ptr is not None:
             x += mixed_outputs(add_ptr, added_shares_ptr, row, columns, inside, D, K)
         else:
             x += tl.load(add_ptr + row * D + columns, mask=inside, other=0.0).to(tl.float32)
         tl.store(x_ptr + row * D + columns, x, mask=inside)
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
     normed = x * inverse * weight
     if scales_ptr is not None:

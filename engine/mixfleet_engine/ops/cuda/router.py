@@ -18,8 +18,11 @@ from torch import Tensor
 
 from mixfleet_engine.ops.cuda.dialect import INTERPRETED, rounded
 
-TILE: Final = 16384
-"""Numbers of the gate that a program has at once: 32 a thread of 16 warps."""
+TILE: Final = 4096
+"""Numbers of the gate that are multiplied at once. More would take registers that two programs on
+a multiprocessor share."""
+SHORTEST: Final = 256
+"""Columns of such a tile at least, however many experts there are."""
 WARPS: Final = 16
 LINE: Final = tl.constexpr(32)
 """fp32 numbers of a cache line."""
@@ -64,7 +67,7 @@ def gate_sizes(gate: Tensor, top_k: int) -> dict[str, Any]:
         "K": top_k,
         "E_PAD": padded,
         "K_PAD": triton.next_power_of_2(top_k),
-        "CHUNK": min(triton.next_power_of_2(width), TILE // padded),
+        "CHUNK": min(triton.next_power_of_2(width), max(SHORTEST, TILE // padded)),
     }
 
 
