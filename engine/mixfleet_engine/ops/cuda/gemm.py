@@ -30,10 +30,10 @@ from mixfleet_engine.ops.cuda.dialect import INTERPRETED, from_integers, product
 from mixfleet_engine.ops.cuda.packed import HALF, PackedWeight
 from mixfleet_engine.ops.cuda.quant import QuantisedRows
 from mixfleet_engine.ops.cuda.tiles import Tiles
+from mixfleet_engine.weight_formats import INT4_GROUP
 
-BLOCK_K: Final = tl.constexpr(128)
+STEP: Final = INT4_GROUP
 """Inputs of one step along K; also a group of int4."""
-HALF_K: Final = tl.constexpr(HALF)
 Rows = Tensor | QuantisedRows
 """Rows ``[T, K]`` of tokens; fp8 ones with their scales only for fp8 weights."""
 
@@ -151,6 +151,8 @@ def _launch(
         ADD=add,
         BLOCK_N=tiles.block_n,
         BLOCK_T=tiles.block_t,
+        BLOCK_K=STEP,
+        HALF_K=HALF,
         GROUP=tiles.group,
         PTX=tiles.ptx and values.dtype == torch.bfloat16,
         num_warps=tiles.num_warps,
@@ -187,10 +189,11 @@ def nibbles(packed, zeros, dtype: tl.constexpr, PTX: tl.constexpr):
         )
         off = (zeros + 128.0).to(tl.bfloat16)
         return low - off, high - off
-    whole = zeros.to(tl.int8)
-    low = (packed & 15).to(tl.int8) - whole
-    high = (packed >> 4).to(tl.int8) - whole
-    return from_integers(low, dtype), from_integers(high, dtype)
+    else:  # noqa: RET505
+        whole = zeros.to(tl.int8)
+        low = (packed & 15).to(tl.int8) - whole
+        high = (packed >> 4).to(tl.int8) - whole
+        return from_integers(low, dtype), from_integers(high, dtype)
 
 
 @triton.jit
@@ -213,6 +216,8 @@ def _gemm(
     ADD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HALF_K: tl.constexpr,
     GROUP: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -242,11 +247,11 @@ def _gemm(
     MATRICES: tl.constexpr = 2 if SWIGLU else 1
     ROWS: tl.constexpr = N * MATRICES
     expert = expert.to(tl.int64) if tile_experts_ptr is not None else tl.zeros([], tl.int64)
-    w_ptr += expert * ROWS * (K if FORM != "int4" else (K + 127) // 128 * 64)
+    w_ptr += expert * ROWS * (K if FORM != "int4" else (K + BLOCK_K - 1) // BLOCK_K * HALF_K)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     acc_up = acc
-    GROUPS: tl.constexpr = (K + 127) // 128
+    GROUPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     if FORM == "int4":
         half = tl.arange(0, HALF_K)
         scales_ptr += expert * GROUPS * ROWS
@@ -332,13 +337,14 @@ def _gemm(
 @triton.jit
 def _added(acc, w, x, FORM: tl.constexpr):
     """Return ``acc + w @ x``; of int8 weights without their scales."""
+    # What follows a return is compiled too, so each way is a branch.
     dtype: tl.constexpr = x.dtype
     if FORM == "int8":
         return product(from_integers(w, dtype), x, acc)
-    if FORM == "fp8":
-        if INTERPRETED:
-            return product(w, x, acc)
+    elif FORM == "fp8" and not INTERPRETED:  # noqa: RET505
         if dtype == tl.float8e4nv:
-            return tl.dot(w, x, acc, max_num_imprecise_acc=BLOCK_K)
-        return product(w.to(dtype), x, acc)
-    return product(w, x, acc)
+            return tl.dot(w, x, acc, max_num_imprecise_acc=w.shape[1])
+        else:  # noqa: RET505
+            return product(w.to(dtype), x, acc)
+    else:
+        return product(w, x, acc)
