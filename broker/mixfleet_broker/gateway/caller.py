@@ -12,7 +12,7 @@ from typing import Final
 from starlette.requests import Request
 
 from mixfleet_broker.api_keys import ApiKeys, any_keys
-from mixfleet_broker.errors import BrokerError, MixfleetError
+from mixfleet_broker.errors import BrokerError, MixfleetError, UnknownKeyError
 from mixfleet_broker.gateway.api_errors import ApiError, as_api_error
 from mixfleet_broker.gateway.cached import Cached
 from mixfleet_broker.gateway.fleet import Fleet
@@ -59,9 +59,13 @@ class Caller:
                 param="model",
             )
 
+    def owns(self, tenant: str) -> bool:
+        """Whether the caller may see and change what is a tenant's."""
+        return self.record is None or tenant == self.tenant or "admin" in self.record.scopes
+
     def check_owner(self, tenant: str, job_id: str) -> None:
         """Raise, as if there were no such job, unless it is the caller's own."""
-        if self.record is not None and tenant != self.tenant and "admin" not in self.record.scopes:
+        if not self.owns(tenant):
             raise ApiError(
                 404,
                 f"no job {job_id}: it never existed, or it ended too long ago",
@@ -80,8 +84,8 @@ class Gatekeeper(JobObserver):
     def __init__(self, fleet: Fleet, settings: Settings) -> None:
         self._fleet = fleet
         self._settings = settings
-        keys = ApiKeys(fleet.redis, prefix=fleet.prefix)
-        self._cache = KeyCache(keys.find)
+        self._keys = ApiKeys(fleet.redis, prefix=fleet.prefix)
+        self._cache = KeyCache(self._keys.find)
         self._limits = KeyLimits(fleet.redis, prefix=fleet.prefix)
         self._any_keys: Cached[bool] = Cached(partial(fleet.with_redis, any_keys), _OPEN_FOR_S)
         self._charged: dict[str, KeyRecord] = {}
@@ -158,6 +162,29 @@ class Gatekeeper(JobObserver):
             raise refusal.with_headers(rate_limit_headers(states)) from error
         self._charged.update(dict.fromkeys(job_ids, record))
         return admission
+
+    def expect(self, caller: Caller, job_ids: Sequence[str]) -> None:
+        """Settle jobs at their ends that another gateway has charged to the caller's key."""
+        if caller.record is not None:
+            self._charged.update(dict.fromkeys(job_ids, caller.record))
+
+    async def payer(self, tenant: str, key_id: str) -> Caller:
+        """Return who pays for what goes on without a request.
+
+        Args:
+            tenant: Whose it is.
+            key_id: Of the API key that it was asked for with; empty where there was none.
+
+        Raises:
+            ApiError: 401, the key is not valid any more.
+        """
+        if not key_id:
+            return Caller(tenant)
+        try:
+            record = await self._fleet.call(self._keys.get, key_id)
+        except UnknownKeyError:
+            return self.caller_of(None)
+        return self.caller_of(None if record.revoked_at is not None else record)
 
     async def refund(self, caller: Caller, admission: Admission | None) -> None:
         """Give back all of a request that was not taken."""
