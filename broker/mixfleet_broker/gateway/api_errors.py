@@ -171,7 +171,7 @@ def error_of_end(end: JobEnd, job_id: str) -> ApiError | None:
 def error_of_values(errors: Sequence[Any]) -> ApiError:
     """Return how a body with values of a wrong form is answered: what pydantic found in it."""
     first = errors[0]
-    param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    param = ".".join(map(str, first["loc"])) or None
     text = first["msg"]
     if first["type"] == "extra_forbidden":
         text = "this parameter is not known here"

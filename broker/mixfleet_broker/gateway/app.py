@@ -173,7 +173,9 @@ async def _on_mixfleet_error(request: Request, error: Exception) -> Response:
 
 async def _on_invalid_body(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return _answered(request, error_of_values(error.errors()))
+    first, *others = error.errors()
+    where = [part for part in first["loc"] if part != "body"]
+    return _answered(request, error_of_values([{**first, "loc": where}, *others]))
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -41,6 +41,10 @@ class NotOursError(Exception):
     """Another gateway drives the batch, or it has ended."""
 
 
+class InputGoneError(Exception):
+    """The input file was deleted."""
+
+
 class BatchDriver:
     """Drives one batch under a lease.
 
@@ -60,6 +64,7 @@ class BatchDriver:
         is_taken_over = batch.status != "validating"
         self._lines = LineRunner(service, batch, is_taken_over=is_taken_over)
         self._taking = asyncio.Lock()
+        self._num_bytes: int | None = None
 
     async def heard(self, lease: BatchLease) -> None:
         """Take note of how the batch stands; called as often as the lease is renewed."""
@@ -87,17 +92,18 @@ class BatchDriver:
 
     async def _check(self) -> FileCheck:
         settings = self._service.settings
-        found = await check_file(
-            self._read, max_line_bytes=settings.max_body_bytes, max_lines=settings.batch_max_lines
-        )
-        return found if found.total else await self._without_input(found)
+        try:
+            return await check_file(
+                self._read,
+                max_line_bytes=settings.max_body_bytes,
+                max_lines=settings.batch_max_lines,
+            )
+        except InputGoneError:
+            return self._without_input(FileCheck())
 
-    async def _without_input(self, found: FileCheck) -> FileCheck:
-        """Return why a batch fails whose input file has no lines, or not those that it had."""
-        if await self._patiently(self._files.find, self._batch.input_file) is None:
-            found.errors.clear()
-            text = f"the input file {self._batch.input_file} is not there any more"
-            found.refuse("input_file_not_found", text, line=None, param="input_file_id")
+    def _without_input(self, found: FileCheck) -> FileCheck:
+        text = f"the input file {self._batch.input_file} is not there any more"
+        found.refuse("input_file_not_found", text, line=None, param="input_file_id")
         return found
 
     async def _run_lines(self) -> None:
@@ -138,8 +144,7 @@ class BatchDriver:
             raise NotOursError
         if batch.completed + batch.failed >= batch.total:
             return False
-        found = await self._without_input(FileCheck(total=batch.total))
-        await self._move("failed", found)
+        await self._move("failed", self._without_input(FileCheck(total=batch.total)))
         return True
 
     async def _sweep(self, why: Unfinished) -> None:
@@ -158,14 +163,25 @@ class BatchDriver:
         await self._append(results)
 
     async def _left(self) -> AsyncGenerator[Line, None]:
-        """Iterate over the lines that had no result when the iteration began."""
+        """Iterate over the lines that had no result when the iteration began.
+
+        It ends early where the input file was deleted.
+        """
         marks = await self._patiently(self._store.done, self._batch.batch_id)
-        async for line in read_lines(self._read, self._service.settings.max_body_bytes):
-            if not is_done(marks, line.place):
-                yield line
+        with suppress(InputGoneError):
+            async for line in read_lines(self._read, self._service.settings.max_body_bytes):
+                if not is_done(marks, line.place):
+                    yield line
 
     async def _read(self, begin: int, num_bytes: int) -> bytes:
-        return await self._patiently(self._files.read, self._batch.input_file, begin, num_bytes)
+        input_file = self._batch.input_file
+        if self._num_bytes is None:
+            file = await self._patiently(self._files.find, input_file)
+            self._num_bytes = file.num_bytes if file is not None else 1
+        piece = await self._patiently(self._files.read, input_file, begin, num_bytes)
+        if not piece and begin < self._num_bytes:
+            raise InputGoneError  # half a line must not be taken for one
+        return piece
 
     async def _append(self, results: list[Result]) -> None:
         if not results:
