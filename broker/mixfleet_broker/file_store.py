@@ -18,7 +18,7 @@ from mixfleet_broker.redis_errors import redis_errors
 
 MAX_FILES: Final = 1000
 """Of one tenant."""
-_UPLOAD_TTL_S: Final = 3600
+_UPLOAD_TTL_MS: Final = 3_600_000
 _ID: Final = re.compile(r"file-[0-9a-f]{32}")
 
 
@@ -70,7 +70,7 @@ class FileStore:
         name = FILE_CONTENT(file_id, prefix=self._prefix)
         with redis_errors(), self._redis.pipeline(transaction=False) as pipeline:
             pipeline.append(name, piece)
-            pipeline.expire(name, _UPLOAD_TTL_S)
+            pipeline.pexpire(name, _UPLOAD_TTL_MS)
             pipeline.execute()
 
     def add(

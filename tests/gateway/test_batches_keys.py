@@ -80,7 +80,7 @@ def test_no_key_no_batch(gateway: GatewayProcess) -> None:
 def test_each_line_is_charged_and_settled(
     gateway: GatewayProcess, redis: Redis, redis_url: str
 ) -> None:
-    limits = ("--rpm", "100", "--tpd", "100000", "--max-parallel", "2")
+    limits = ("--rpm", "100", "--tpd", "100000", "--parallel", "2")
     key = make_key(redis_url, *limits)
     with EchoWorker(redis_url), openai_client(gateway, key["secret"]) as client:
         batch = ended(client, begin(client, chat_lines(7)))
@@ -143,3 +143,28 @@ def test_a_tenant_stores_no_more_than_it_may(gateway: GatewayProcess, redis_url:
             others.files.create(file=("x", b"x"), purpose="batch")
         client.files.delete(first.id)
         client.files.create(file=("x", b"x"), purpose="batch")
+
+
+@pytest.mark.slow
+def test_a_line_is_charged_once_though_gateways_are_killed(
+    redis: Redis, redis_url: str, tmp_path: Path
+) -> None:
+    key, batch = make_key(redis_url, "--tpd", "100000"), None
+    options = ("--require-key", "on", "--lease-s", "1", "--batch-in-flight", "4")
+    with EchoWorker(redis_url) as worker:
+        for enough in (10, 20, 30):
+            with (
+                GatewayProcess(redis_url, tmp_path, *options) as gateway,
+                openai_client(gateway, key["secret"]) as client,
+            ):
+                batch = batch or begin(client, chat_lines(30))
+                until(lambda: len(worker.jobs) >= enough, "it goes on")  # noqa: B023
+                if enough == 30:
+                    batch = ended(client, batch)
+                    until(lambda: not list(redis.scan_iter(API_CHARGE("*"))), "all is settled")
+    assert batch is not None
+    assert batch.usage is not None
+    assert counts(batch) == (30, 30, 0)
+    assert len(worker.jobs) == 30
+    left = remaining(redis_url, key["key_id"])
+    assert left["tokens_day"] == 100_000 - batch.usage.total_tokens
