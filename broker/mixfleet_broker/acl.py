@@ -49,6 +49,7 @@ _ENDING: Final = (
     Grant("exists set del", (keys.READER,)),
     Grant("exists", (keys.WORKER,)),
     Grant("rpush expire", (keys.CONTROL,)),
+    Grant("expire", (keys.RESPONSE,)),
 )
 """What it takes to end a job from outside."""
 
@@ -99,7 +100,7 @@ _ADMITTING: Final = (
 """What it takes to know API keys and to charge them, and not to make or change one."""
 
 _OF_HTTP_CLIENTS: Final = (
-    Grant("get set del", (keys.RESPONSE,)),
+    Grant("get set del expire", (keys.RESPONSE,)),
     Grant("evalsha exists hget hgetall hset del pttl pexpire", (keys.FILE,)),
     Grant("append strlen getrange exists del pttl pexpire", (keys.FILE_CONTENT,)),
     Grant("zadd zcard zrange zrevrange zrem pttl pexpire", (keys.OWN_FILES, keys.OWN_BATCHES)),
@@ -150,7 +151,10 @@ ROLES: Final[tuple[Role, ...]] = (
         name="worker",
         meaning="claims and answers jobs",
         keyless=f"{_CONNECTION} info multi exec config|get",
-        grants=(Grant(f"{_ANY_STATE} zpopmin blpop", _OF_QUEUES),),
+        grants=(
+            Grant(f"{_ANY_STATE} zpopmin blpop", _OF_QUEUES),
+            Grant("expire", (keys.RESPONSE,)),
+        ),
     ),
     Role(
         name="keys",

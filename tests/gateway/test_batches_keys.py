@@ -55,10 +55,10 @@ def test_another_key_is_told_what_it_would_be_told_of_nothing(
                 status, text = refusal(call, found)
                 assert (status, text.replace(found, no_such)) == refusal(call, no_such)
                 assert status == 404
-        for call in (client.batches.retrieve, client.batches.cancel):
+        for ask in (client.batches.retrieve, client.batches.cancel):
             no_such = f"batch_{'0' * 32}"
-            status, text = refusal(call, batch.id)
-            assert (status, text.replace(batch.id, no_such)) == refusal(call, no_such)
+            status, text = refusal(ask, batch.id)
+            assert (status, text.replace(batch.id, no_such)) == refusal(ask, no_such)
         with pytest.raises(openai.NotFoundError, match="no file"):
             client.batches.create(input_file_id=files[0], endpoint=CHAT, completion_window="24h")
         assert client.batches.list().data == []

@@ -14,13 +14,16 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mixfleet_broker.errors import MixfleetError
-from mixfleet_broker.gateway.api_errors import SERVER, ApiError, as_api_error
+from mixfleet_broker.gateway.api_errors import OVERLOADED, SERVER, ApiError, as_api_error
+from mixfleet_broker.gateway.connection_guard import NUM_CONNECTIONS
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID: Final = "x-request-id"
 ANTHROPIC_REQUEST_ID: Final = "request-id"
 """The same, by the name under which Anthropic's clients look for it."""
+CROWDED_S: Final = 1.0
+"""When whoever came to a full gateway may come again."""
 _GOOD_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LOCAL_HOSTS: Final = frozenset({"localhost", "127.0.0.1", "[::1]", "testserver"})
 
@@ -35,6 +38,7 @@ class Guard:
         app: The application.
         max_body_bytes: Of a request.
         larger: Limits of paths that have one of their own.
+        max_connections: At the same time, as far as the server counts them.
         is_local: Only this machine is served, and without keys: a web page that talked its
             browser into calling us, under another host's name, is refused.
         web_origins: Web sites whose pages may call us all the same; ``*`` is all of them.
@@ -47,6 +51,7 @@ class Guard:
         *,
         max_body_bytes: int,
         larger: Mapping[str, int] | None = None,
+        max_connections: int,
         is_local: bool,
         web_origins: Collection[str] = (),
         error_body: Callable[[str], ErrorBody],
@@ -54,6 +59,7 @@ class Guard:
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._larger = dict(larger or {})
+        self._max_connections = max_connections
         self._is_local = is_local
         self._web_origins = frozenset(web_origins)
         self._error_body = error_body
@@ -77,6 +83,7 @@ class Guard:
             await send(message)
 
         try:
+            self._check_crowd(scope.get("state", {}).get(NUM_CONNECTIONS, 0))
             limit = self._larger.get(scope["path"], self._max_body_bytes)
             self._check(headers, limit)
             await self._app(scope, _limited(receive, limit), send_with_id)
@@ -86,6 +93,19 @@ class Guard:
             refusal = _as_refusal(error, request_id)
             body = self._error_body(scope["path"])(refusal, request_id)
             await _answer(refusal, body, send_with_id)
+
+    def _check_crowd(self, num_connections: int) -> None:
+        if num_connections <= self._max_connections:
+            return
+        raise ApiError(
+            503,
+            f"{num_connections} connections are open, the limit is {self._max_connections}",
+            kind=OVERLOADED,
+            code="too_many_connections",
+            details={"connections": num_connections, "limit": self._max_connections},
+            retryable=True,
+            retry_after_s=CROWDED_S,
+        ).with_headers({"connection": "close"})
 
     def _check(self, headers: dict[bytes, bytes], limit: int) -> None:
         length = headers.get(b"content-length", b"0")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixfleet_engine.batch import Batch
+from mixfleet_engine.batch import Batch, on_device
 from mixfleet_engine.step import PlannedChunk
 
 
@@ -79,13 +79,13 @@ def _placed(batch: Batch) -> DeviceChunks:
         for first, count, chunk in zip(batch.firsts, counts, chunks, strict=True)
     ]
     table = torch.tensor(rows, dtype=torch.int32)
-    table = table.to(batch.device, non_blocking=True)
+    table = on_device(table, batch.device)
     return DeviceChunks(
         first_rows=table[:, 0].contiguous(),
         num_rows=table[:, 1].contiguous(),
         starts=table[:, 2].contiguous(),
         block_tables=table[:, 3:],
-        slots=torch.tensor(slots_of(chunks, batch.block_size)).to(batch.device, non_blocking=True),
+        slots=on_device(torch.tensor(slots_of(chunks, batch.block_size)), batch.device),
         positions=batch.positions,
         num_decodes=num_decodes,
         max_rows=max(counts),

@@ -23,7 +23,8 @@ def product(a, b, acc):
     """Return ``acc + a @ b`` in fp32, for ``a`` ``[M, K]`` and ``b`` ``[K, N]`` of one dtype."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    return tl.dot(a, b, acc)
+    else:  # noqa: RET505 (what follows a return would be compiled too)
+        return tl.dot(a, b, acc)
 
 
 @triton.jit
@@ -31,4 +32,26 @@ def from_integers(numbers, dtype: tl.constexpr):
     """Return small whole numbers, exactly, in a floating ``dtype``."""
     if INTERPRETED:
         return numbers.to(tl.float32).to(dtype)
-    return numbers.to(dtype)
+    else:  # noqa: RET505
+        return numbers.to(dtype)
+
+
+@triton.jit
+def rounded(values, dtype: tl.constexpr):
+    """Return fp32 ``values`` in ``dtype``, the nearest, of two that are equally near the even one.
+
+    They must not lie beyond the largest of ``dtype``; NaN stays NaN. The interpreter would cut off
+    what bf16 has no room for, and lose carries and NaN of fp8. So there they are rounded before.
+    """
+    if INTERPRETED:
+        bits = values.to(tl.int32, bitcast=True)
+        if dtype == tl.bfloat16:
+            upper = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+            values = tl.where(values == values, upper.to(tl.float32, bitcast=True), values)
+        elif dtype == tl.float8e4nv:
+            # 1.5 * 2^(e + 20) has its last bit where fp8 has it: at 2^(e - 3), and at least 2^-9.
+            exponent = tl.minimum(tl.maximum((bits >> 23) & 0xFF, 127 - 6), 127 + 8)
+            large = (((exponent + 20) << 23) | 0x400000).to(tl.float32, bitcast=True)
+            # Beyond 448 stand the bits that are NaN.
+            values = tl.where(values == values, (values + large) - large, 480.0)
+    return values.to(dtype)
