@@ -9,12 +9,16 @@ import openai
 import pytest
 from redis import Redis
 
+from mixfleet_broker.api_keys import ApiKeys
 from mixfleet_broker.keys import API_CHARGE
+from mixfleet_broker.limits import KeyLimits
+from mixfleet_broker.queue import JobQueue
 from support.batches import CHAT, answers, begin, chat_line, chat_lines, counts, ended, errors
 from support.echo_worker import EchoWorker
 from support.gateway import GatewayProcess
 from support.key_command import make_key, mixfleet
 from support.openai_client import openai_client
+from support.queue_jobs import MODEL
 from support.worker_process import until
 
 OPTIONS = ("--require-key", "on", "--batch-in-flight", "3", "--batch-stored-bytes", "1024")
@@ -69,11 +73,7 @@ def test_another_key_is_told_what_it_would_be_told_of_nothing(
 
 def test_no_key_no_batch(gateway: GatewayProcess) -> None:
     with gateway.client() as http:
-        for method, path in [
-            ("POST", "/v1/files"),
-            ("POST", f"{CHAT}/batch"),
-            ("GET", "/v1/files"),
-        ]:
+        for path in ("/v1/files", "/v1/batches", f"{CHAT}/batch"):
             assert http.post(path, json={"input_file_id": "x", "endpoint": CHAT}).status_code == 401
 
 
@@ -168,3 +168,35 @@ def test_a_line_is_charged_once_though_gateways_are_killed(
     assert len(worker.jobs) == 30
     left = remaining(redis_url, key["key_id"])
     assert left["tokens_day"] == 100_000 - batch.usage.total_tokens
+
+
+@pytest.mark.slow
+def test_a_line_that_was_settled_and_not_marked_is_not_charged_again(
+    redis: Redis, redis_url: str, tmp_path: Path
+) -> None:
+    key = make_key(redis_url, "--tpd", "100000")
+    options = ("--require-key", "on", "--lease-s", "1", "--batch-in-flight", "4")
+    queue = JobQueue(redis, MODEL)
+    with EchoWorker(redis_url, hold_after=5) as worker:
+        with (
+            GatewayProcess(redis_url, tmp_path, *options) as gateway,
+            openai_client(gateway, key["secret"]) as client,
+        ):
+            batch = begin(client, chat_lines(6))
+            until(lambda: queue.num_started() + queue.depth() == 4, "four lines are in flight")
+        worker.go.set()
+        until(lambda: queue.num_started() + queue.depth() == 0, "their jobs have ended")
+        # As if the gateway had been killed a moment later.
+        used = {job.job_id: 1 + len(job.messages[0].content) for job in worker.jobs}
+        record = ApiKeys(redis).get(key["key_id"])
+        assert KeyLimits(redis).settle(record, used) == 4
+        with (
+            GatewayProcess(redis_url, tmp_path, *options) as gateway,
+            openai_client(gateway, key["secret"]) as client,
+        ):
+            end = ended(client, batch)
+            until(lambda: not list(redis.scan_iter(API_CHARGE("*"))), "all is settled")
+    assert end.usage is not None
+    assert len(worker.jobs) == 6
+    left = remaining(redis_url, key["key_id"])
+    assert left["tokens_day"] == 100_000 - end.usage.total_tokens
