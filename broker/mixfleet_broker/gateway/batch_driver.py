@@ -125,6 +125,8 @@ class BatchDriver:
                 return
             result = await self._lines.result(line)
             if result is not None:
+                # Once a line is marked, nobody looks at its jobs again.
+                await self._service.gate.settled()
                 await self._append([result])
 
     async def _finish(self) -> None:

@@ -231,6 +231,11 @@ class Gatekeeper(JobObserver):
         self._settling.add(settling)
         settling.add_done_callback(self._settled)
 
+    async def settled(self) -> None:
+        """Wait until all jobs that have ended so far are settled, or could not be."""
+        if self._settling:
+            await asyncio.wait(set(self._settling))
+
     def _settled(self, settling: "asyncio.Future[int]") -> None:
         self._settling.discard(settling)
         if not settling.cancelled() and settling.exception() is not None:
