@@ -25,7 +25,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-
 PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 """Matrix instructions, those of the newer devices first."""
 
