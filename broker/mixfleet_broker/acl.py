@@ -49,6 +49,7 @@ _ENDING: Final = (
     Grant("exists set del", (keys.READER,)),
     Grant("exists", (keys.WORKER,)),
     Grant("rpush expire", (keys.CONTROL,)),
+    Grant("expire", (keys.RESPONSE,)),
 )
 """What it takes to end a job from outside."""
 
@@ -96,7 +97,7 @@ _ADMITTING: Final = (
 )
 """What it takes to know API keys and to charge them, and not to make or change one."""
 
-_RESPONSES: Final = (Grant("get set del", (keys.RESPONSE,)),)
+_RESPONSES: Final = (Grant("get set del expire", (keys.RESPONSE,)),)
 """Of HTTP clients, so nobody but gateways sees them."""
 
 _KEEPING_KEYS: Final = (
@@ -140,7 +141,10 @@ ROLES: Final[tuple[Role, ...]] = (
         name="worker",
         meaning="claims and answers jobs",
         keyless=f"{_CONNECTION} info multi exec config|get",
-        grants=(Grant(f"{_ANY_STATE} zpopmin blpop", _OF_QUEUES),),
+        grants=(
+            Grant(f"{_ANY_STATE} zpopmin blpop", _OF_QUEUES),
+            Grant("expire", (keys.RESPONSE,)),
+        ),
     ),
     Role(
         name="keys",

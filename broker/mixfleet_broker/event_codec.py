@@ -50,10 +50,15 @@ def encode_chunk(chunk: TokenChunk) -> bytes:
     if chunk.part == "tool_calls":
         body["c"] = True
     if chunk.logprobs:
-        body["l"] = [[item.token, item.logprob, list(item.top)] for item in chunk.logprobs]
+        body["l"] = [_logprob_body(item) for item in chunk.logprobs]
     if chunk.num_prompt_tokens is not None:
         body["n"] = chunk.num_prompt_tokens
     return pack(body)
+
+
+def _logprob_body(item: TokenLogprob) -> list[object]:
+    body: list[object] = [item.token, item.logprob, list(item.top)]
+    return [*body, True] if item.is_control else body
 
 
 def with_bounded_message(end: JobEnd) -> JobEnd:
@@ -141,11 +146,14 @@ def _read_chunk(value: object, num_tokens: int) -> TokenChunk:
 
 def _read_logprob(value: object) -> TokenLogprob:
     parts = items(value, "chunk.l")
-    if len(parts) != 3:
-        raise MessageError(f"chunk.l: {len(parts)} parts, must be 3")
+    if len(parts) not in (3, 4):
+        raise MessageError(f"chunk.l: {len(parts)} parts, must be 3 or 4")
+    is_control = len(parts) == 4
+    if is_control and parts[3] is not True:
+        raise MessageError("chunk.l: the fourth part must be true")
     token, logprob = _read_pair(parts[:2])
     top = tuple(_read_pair(pair) for pair in items(parts[2], "chunk.l top"))
-    return TokenLogprob(token=token, logprob=logprob, top=top)
+    return TokenLogprob(token=token, logprob=logprob, top=top, is_control=is_control)
 
 
 def _read_pair(value: object) -> tuple[bytes, float]:

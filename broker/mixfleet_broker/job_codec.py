@@ -48,8 +48,9 @@ def encode_job(job: ChatJob) -> bytes:
     Raises:
         MessageError: As :func:`validate`, or the job is larger than ``MAX_MESSAGE_BYTES``.
     """
-    validate(job)
-    return pack(_job_map(job))
+    value = _job_map(job)
+    _read_job(value)
+    return pack(value)
 
 
 def encode_stock_job(job_id: str, model: str, data: bytes) -> bytes:

@@ -9,7 +9,8 @@ message, msgpack), ``mf_sum`` (its SHA-256), ``mf_bytes`` (of its prompt), ``mf_
 tokens of its answer, 0 where it says none), ``mf_tenant``,
 ``mf_class``, ``mf_cost`` and ``mf_answer`` (tokens expected in all and of the answer), ``mf_score``
 (its place in the order), ``mf_place`` (its number in rq's list while it waits), ``mf_at``,
-``mf_start_by`` and ``mf_end_by`` (submit and deadlines, ms of Redis's clock), ``mf_attended``
+``mf_start_by`` and ``mf_end_by`` (submit and deadlines, ms of Redis's clock), ``mf_keep`` (s for
+which its end is kept at least, with its stored response), ``mf_attended``
 (1 if it ends with its reader, 2 if that one was missed once), ``mf_token`` (of the run that holds
 it, or that ended it), ``mf_solo`` (1 if that run is alone on its worker), ``mf_attempt``,
 ``mf_losses``, ``mf_history`` (runs that did not end it, msgpack), and ``mf_reason`` and
@@ -465,8 +466,8 @@ RESPONSE: Final = Key(
     name="response",
     template="mixfleet:response:{job_id}",
     type="string",
-    writers="responses_store.py",
-    lifetime="MIXFLEET_RESPONSE_TTL_S after the request, and once more after its end",
+    writers="responses_store.py; its lifetime also submit, requeue and who ends the job",
+    lifetime="MIXFLEET_RESPONSE_TTL_S after the end of its job, however long that one waits",
     meaning="a response of `/v1/responses` (JSON): v, tenant, created_at, request (what the "
     "response repeats of it), items (its input) and final (the response, once it has ended)",
 )

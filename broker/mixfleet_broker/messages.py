@@ -153,6 +153,8 @@ class TokenLogprob:
     What is below -1e6, minus infinity included, is -1e6."""
     top: tuple[tuple[bytes, float], ...] = ()
     """The most likely tokens, best first."""
+    is_control: bool = False
+    """Whether it is a control token, and so no part of the answer's text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

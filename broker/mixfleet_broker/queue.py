@@ -107,6 +107,14 @@ class JobQueue:
         confirm(self.redis, self.rules, job.job_id)
         return position
 
+    def submit_on(self, pipeline: Pipeline, job: ChatJob, terms: JobTerms) -> None:
+        """Put :meth:`submit` on a pipeline, see :mod:`mixfleet_broker.submitting_together`.
+
+        Raises:
+            MessageError: The job or its terms cannot be sent; nothing is on the pipeline.
+        """
+        self.scripts.queue_on(pipeline, "submit", self.model, *submit_args(job, terms, self.rules))
+
     def cancel(self, job_id: str, reason: str | None = None) -> CancelOutcome:
         """End a job wherever it is; its worker hears of it at its next step.
 

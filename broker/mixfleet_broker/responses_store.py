@@ -1,7 +1,9 @@
 """Stored responses of ``/v1/responses``: what was asked, and in the end what was answered.
 
 A record is written before its job is submitted, so that there is none without the other, and once
-more, whole, when a gateway has seen the job's end. Until then the answer is in the job's channel.
+more, whole, when a gateway has seen the job's end. Until then the answer is in the job's channel,
+which is kept as long as the record: its time begins when the job ends (see ``JobTerms.keep_s``),
+also where no gateway was there to see it.
 """
 
 import json
@@ -11,7 +13,7 @@ from typing import Any, Final, cast
 from redis import Redis
 
 from mixfleet_broker.errors import BrokerError
-from mixfleet_broker.keys import RESPONSE
+from mixfleet_broker.keys import CHANNEL, RESPONSE
 from mixfleet_broker.names import check_job_id
 from mixfleet_broker.redis_errors import redis_errors
 
@@ -70,19 +72,43 @@ def find_response(redis: Redis, job_id: str, *, prefix: str = "") -> StoredRespo
 
 
 def end_response(
-    redis: Redis, record: StoredResponse, final: dict[str, Any], ttl_s: float, *, prefix: str = ""
+    redis: Redis,
+    record: StoredResponse,
+    final: dict[str, Any],
+    ttl_s: float,
+    channel_ttl: int,
+    *,
+    prefix: str = "",
 ) -> bool:
-    """Write how a response ended and keep it from now on; False if it was deleted meanwhile."""
+    """Write how a response ended and keep it from now on.
+
+    Args:
+        redis: The server.
+        record: Of the response.
+        final: The response as it ended.
+        ttl_s: How long it is kept.
+        channel_ttl: Seconds for which its channel, which nobody depends on now, can be read yet.
+        prefix: Before all keys.
+
+    Returns:
+        False if it was deleted meanwhile.
+    """
     key = RESPONSE(check_job_id(record.job_id), prefix=prefix)
     ended = _encode(replace(record, final=final))
     with redis_errors():
-        return bool(redis.set(key, ended, px=_ms(ttl_s), xx=True))
+        is_kept = bool(redis.set(key, ended, px=_ms(ttl_s), xx=True))
+        # Not one step with the record: a channel that stays longer harms nobody.
+        redis.expire(CHANNEL(record.job_id, prefix=prefix), channel_ttl)
+    return is_kept
 
 
-def delete_response(redis: Redis, job_id: str, *, prefix: str = "") -> bool:
-    """Forget a record; False if there was none."""
+def delete_response(redis: Redis, job_id: str, channel_ttl: int, *, prefix: str = "") -> bool:
+    """Forget a record, and its answer with the job's channel in time; False if there was none."""
     with redis_errors():
-        return bool(redis.delete(RESPONSE(check_job_id(job_id), prefix=prefix)))
+        is_deleted = bool(redis.delete(RESPONSE(check_job_id(job_id), prefix=prefix)))
+        if is_deleted:
+            redis.expire(CHANNEL(job_id, prefix=prefix), channel_ttl)
+    return is_deleted
 
 
 def _encode(record: StoredResponse) -> bytes:

@@ -197,6 +197,12 @@ class Settings:
         choice("auto", "fp8", "int8", "int4"),
         "auto",
         "How the large matrices are stored; they are quantised while loading.",
+        shown="auto: as in an AWQ or GPTQ checkpoint, else in `dtype`",
+    )
+    kv_dtype: str = _setting(
+        choice("auto", "fp8"),
+        "auto",
+        "How keys and values are stored; fp8 takes half of bf16.",
         shown="auto: in `dtype`",
     )
     device: str = _setting(
@@ -259,7 +265,7 @@ class Settings:
     response_ttl_s: float = _setting(
         seconds(at_least=1),
         86_400.0,
-        "How long a stored response of `/v1/responses` is kept, in seconds.",
+        "How long a stored response of `/v1/responses` is kept after its end, in seconds.",
     )
     max_body_bytes: int = _setting(
         whole(at_least=1024), 4 << 20, "Largest body of an HTTP request, in bytes."

@@ -1,5 +1,6 @@
 """The arguments and the reply of the script that puts a job into the queue."""
 
+import math
 from hashlib import sha256
 from typing import Any, Final
 
@@ -54,6 +55,7 @@ def submit_args(job: ChatJob, terms: JobTerms, rules: QueueRules) -> tuple[Argum
         rules.result_ttl,
         rules.failure_ttl,
         rules.ageing_ms,
+        0 if terms.keep_s is None else math.ceil(terms.keep_s),
     )
 
 

@@ -18,6 +18,7 @@ Durability = Literal["server", "fsync", "replica"]
 
 DEFAULT_TENANT: Final = "default"
 MAX_WITHIN_S: Final = 30 * 86_400
+MAX_KEEP_S: Final = 3650 * 86_400
 READER_S: Final = 30.0
 """A reader that is silent for so long is gone."""
 
@@ -102,6 +103,10 @@ class JobTerms:
     ends_with_reader: bool = False
     """Cancel the job once its reader has been silent for ``READER_S``, see attendance.py."""
 
+    keep_s: float | None = None
+    """Keep its end so long at least, and a stored response of its id from then on; None: it has
+    none."""
+
     def check(self) -> None:
         """Check every field.
 
@@ -116,6 +121,8 @@ class JobTerms:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and 0 < value <= MAX_WITHIN_S):
                 raise MessageError(f"{name}={value}: must be above 0 and at most {MAX_WITHIN_S}")
+        if self.keep_s is not None and not 0 < self.keep_s <= MAX_KEEP_S:
+            raise MessageError(f"keep_s={self.keep_s}: must be above 0 and at most {MAX_KEEP_S}")
 
     @property
     def job_class(self) -> int:

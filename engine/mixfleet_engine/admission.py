@@ -60,6 +60,12 @@ class Admission:
         (self._running if sequence.block_table else self._waiting).remove(sequence)
         self._book.drop(sequence)
 
+    def requeue(self, sequence: Sequence) -> None:
+        """Let a running sequence begin again with the tokens it has."""
+        self._running.remove(sequence)
+        self._book.drop(sequence)
+        self.add(sequence)
+
     def ready(self) -> list[Sequence]:
         """The running sequences that have blocks for all their tokens now, in order.
 
@@ -68,6 +74,25 @@ class Admission:
         self._make_way()
         # Those that the loop preempts stand behind the place where it is.
         return [sequence for sequence in self._running if self._grow(sequence)]
+
+    def ready_ahead(self) -> list[Sequence] | None:
+        """The same while a step runs, without those that end with it.
+
+        None if somebody would lose a place, which may be free when the step is booked, or awaits
+        the step's token. Blocks taken until then are kept: the next step needs them as well.
+        """
+        if any(sequence.awaits_token for sequence in self._running) or self._in_the_way():
+            return None
+        ready: list[Sequence] = []
+        for sequence in self._running:
+            if sequence.is_full:
+                continue
+            if self._book.num_missing(sequence) <= self._book.num_free:
+                self._book.grow(sequence)
+                ready.append(sequence)
+            elif sequence is not self._running[-1]:
+                return None
+        return ready
 
     def next_to_prefill(self, prefilling: Iterable[Sequence]) -> Iterator[Sequence]:
         """Who may prefill next, in order: of ``prefilling``, or a waiting one, admitted just now.
@@ -85,17 +110,21 @@ class Admission:
                 return
 
     def _make_way(self) -> None:
+        while victims := self._in_the_way():
+            for victim in victims:
+                self._preempt(victim)
+            if self._admit_next() is None:
+                return
+
+    def _in_the_way(self) -> list[Sequence]:
+        """Admit who goes before a running sequence; the victims that the next of them takes."""
         while self._waiting and self._running:
             first = self._waiting[0]
             if first.request.priority >= self._running[-1].request.priority:
-                return
-            if self._admit_next() is not None:
-                continue
-            victims = self._victims(first)
-            for victim in victims:
-                self._preempt(victim)
-            if not victims or self._admit_next() is None:
-                return
+                break
+            if self._admit_next() is None:
+                return self._victims(first)
+        return []
 
     def _victims(self, newcomer: Sequence) -> list[Sequence]:
         """The fewest running sequences, last ones first, whose places are enough for a newcomer.

@@ -53,6 +53,13 @@ def _native(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, thread
 
     check_head_dim(model.head_dim)
     check_cache(dtype, config.block_size)
+    if config.kv_dtype == "fp8":
+        raise NativeUnavailableError("kv_dtype='fp8': its KV cache is bf16")
     if config.weight_dtype == "fp8":
         raise NativeUnavailableError("weight_dtype='fp8': it takes bf16, int8 and int4")
+    if config.weight_dtype == "auto" and model.packed is not None and model.packed.has_zeros:
+        raise NativeUnavailableError(
+            "int4 weights with zero points, as this checkpoint has: it takes symmetric ones; "
+            "weight_dtype=int8 converts them"
+        )
     return NativeBackend(load_native(), threads)

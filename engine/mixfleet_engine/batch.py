@@ -144,14 +144,23 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
         firsts=tuple(ends[:-1]),
         block_size=block_size,
         device=device,
-        token_ids=torch.tensor(list(chain.from_iterable(c.token_ids for c in chunks))).to(device),
-        positions=torch.tensor(list(chain.from_iterable(positions))).to(device),
-        sample_rows=torch.tensor(sample_rows, dtype=torch.long).to(device),
+        token_ids=on_device(
+            torch.tensor(list(chain.from_iterable(c.token_ids for c in chunks))), device
+        ),
+        positions=on_device(torch.tensor(list(chain.from_iterable(positions))), device),
+        sample_rows=on_device(torch.tensor(sample_rows, dtype=torch.long), device),
     )
 
 
 def _int32(numbers: Sequence[int]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int32)
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a host tensor on the device; the host does not wait for what is enqueued there."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _prefill(first_row: int, chunk: PlannedChunk, device: torch.device) -> PrefillChunk:

@@ -59,15 +59,15 @@ class MistralCheckpoint:
         gate = name.replace("feed_forward.gate", "block_sparse_moe.gate")
         return gate if gate in self._files.names else name
 
-    def stored_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape that the stored tensor of a weight of ``shape`` must have."""
-        if not self._is_stacked(name):
-            return shape
-        return (self._config.num_experts * self._config.hidden_dim, self._config.dim)
+    def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return the stored tensors of a weight of ``shape`` and the shape that each must have."""
+        if self._is_stacked(name):
+            shape = (self._config.num_experts * self._config.hidden_dim, self._config.dim)
+        return {self.stored_name(name): shape}
 
-    def found_shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the stored tensor of a weight."""
-        return self._files.shape(self.stored_name(name))
+    def found_shape(self, stored_name: str) -> tuple[int, ...]:
+        """Shape of a stored tensor."""
+        return self._files.shape(stored_name)
 
     def read(self, name: str, rows: slice = WHOLE, columns: slice = WHOLE) -> Tensor:
         """Return these rows and columns of one weight, all by default; nothing else is read.

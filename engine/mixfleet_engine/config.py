@@ -3,26 +3,25 @@
 Torch-free: dtype and device are plain words here, and the numeric files translate them.
 """
 
-import json
-import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
+from mixfleet_engine.checkpoint_config import (
+    DEFAULT_CONTEXT,
+    DEFAULT_ROPE_THETA,
+    config_fields,
+    params_fields,
+    read_json,
+)
 from mixfleet_engine.errors import CheckpointError, ConfigError
-
-logger = logging.getLogger(__name__)
+from mixfleet_engine.packed_format import PackedFormat, packed_format
 
 Layout = Literal["mistral", "hf"]
 Backend = Literal["auto", "reference", "cpu", "native"]
 WeightDtype = Literal["auto", "fp8", "int8", "int4"]
-
-_DEFAULT_ROPE_THETA = 1_000_000.0
-"""What both layouts mean when the file does not say."""
-_DEFAULT_CONTEXT = 32_768
-_TRAINED_CONTEXT = {(4096, 32): 32_768, (6144, 56): 65_536}
-"""Published ``(dim, n_layers)`` -> context. Mistral's own ``params.json`` leaves it out."""
+KvDtype = Literal["auto", "fp8"]
 
 
 def checkpoint_layout(path: Path) -> Layout:
@@ -60,14 +59,16 @@ class ModelConfig:
     vocab_size: int
     num_experts: int
     experts_per_token: int
-    rope_theta: float = _DEFAULT_ROPE_THETA
+    rope_theta: float = DEFAULT_ROPE_THETA
     norm_eps: float = 1e-5
-    context_length: int = _DEFAULT_CONTEXT
+    context_length: int = DEFAULT_CONTEXT
     """Most tokens of prompt and answer together."""
     tie_word_embeddings: bool = False
     """The output matrix is the embedding."""
     shared_experts: bool = False
     """Only expert 0 is stored, and every expert is that one copy."""
+    packed: PackedFormat | None = None
+    """How AWQ or GPTQ packed the matrices of this checkpoint; None: they are plain."""
 
     def __post_init__(self) -> None:
         for name in _POSITIVE_SIZES:
@@ -100,8 +101,10 @@ class ModelConfig:
             ConfigError: It describes a model that this engine does not run.
         """
         if checkpoint_layout(path) == "mistral":
-            return cls(**_from_params_json(_read_json(path / "params.json")))
-        return cls(**_from_config_json(_read_json(path / "config.json")))
+            return cls(**params_fields(read_json(path / "params.json")))
+        found = read_json(path / "config.json")
+        fields = config_fields(found)
+        return cls(**fields, packed=packed_format(found, path))
 
 
 _POSITIVE_SIZES = (
@@ -116,88 +119,6 @@ _POSITIVE_SIZES = (
     "experts_per_token",
     "context_length",
 )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file}: holds a {type(found).__name__}, not an object")
-    return found
-
-
-def _required(found: dict[str, Any], name: str, file: str) -> Any:
-    value = found.get(name)
-    if value is None:
-        raise ConfigError(f"{file} lacks {name}")
-    return value
-
-
-def _from_params_json(params: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of :class:`ModelConfig` that Mistral's ``params.json`` means."""
-    if not isinstance(params.get("moe"), dict):
-        raise ConfigError("params.json has no `moe`: a dense model, this engine runs Mixtral only")
-    fields = {
-        name: _required(params, name, "params.json")
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size")
-    }
-    moe = params["moe"]
-    fields["num_experts"] = _required(moe, "num_experts", "moe in params.json")
-    fields["experts_per_token"] = _required(moe, "num_experts_per_tok", "moe in params.json")
-    fields["head_dim"] = params.get("head_dim") or fields["dim"] // fields["n_heads"]
-    fields["norm_eps"] = params.get("norm_eps") or 1e-5
-    fields["rope_theta"] = params.get("rope_theta") or _DEFAULT_ROPE_THETA
-    context = params.get("max_seq_len") or _TRAINED_CONTEXT.get((fields["dim"], fields["n_layers"]))
-    if context is None:
-        logger.warning("params.json states no max_seq_len, taking %d", _DEFAULT_CONTEXT)
-    fields["context_length"] = context or _DEFAULT_CONTEXT
-    fields["tie_word_embeddings"] = bool(params.get("tied_embeddings", False))
-    return fields
-
-
-def _from_config_json(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of :class:`ModelConfig` that Hugging Face's ``config.json`` means."""
-    if config.get("model_type") != "mixtral":
-        raise ConfigError(f"config.json: model_type={config.get('model_type')!r}, not 'mixtral'")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"config.json: hidden_act={config['hidden_act']!r}, not 'silu'")
-    if config.get("sliding_window") is not None:
-        raise ConfigError(
-            f"config.json: sliding_window={config['sliding_window']}: only full attention is known"
-        )
-    fields = {ours: _required(config, theirs, "config.json") for ours, theirs in _HF_NAMES.items()}
-    fields["head_dim"] = config.get("head_dim") or fields["dim"] // fields["n_heads"]
-    fields["norm_eps"] = config.get("rms_norm_eps") or 1e-5
-    fields["rope_theta"] = _hf_rope_theta(config)
-    fields["context_length"] = config.get("max_position_embeddings") or _DEFAULT_CONTEXT
-    fields["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", False))
-    fields["shared_experts"] = bool((config.get("mixfleet") or {}).get("shared_experts", False))
-    return fields
-
-
-_HF_NAMES = {
-    "dim": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "hidden_dim": "intermediate_size",
-    "vocab_size": "vocab_size",
-    "num_experts": "num_local_experts",
-    "experts_per_token": "num_experts_per_tok",
-}
-
-
-def _hf_rope_theta(config: dict[str, Any]) -> float:
-    # transformers 5 moved rope_theta into rope_parameters; older ones have rope_scaling beside it.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ConfigError(f"config.json: rope_type={kind!r}: only 'default' is known")
-    return float(rope.get("rope_theta") or config.get("rope_theta") or _DEFAULT_ROPE_THETA)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,12 +142,17 @@ class EngineConfig:
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``; auto: cuda where there is one."""
     weight_dtype: WeightDtype = "auto"
-    """How the large matrices are stored; auto: like all else, in ``dtype``."""
+    """How the large matrices are stored; auto: as in an AWQ or GPTQ checkpoint, else ``dtype``."""
+    kv_dtype: KvDtype = "auto"
+    """How keys and values are stored; auto: in ``dtype``. fp8 takes half of bf16, see KvCache."""
     backend: Backend = "auto"
     prefix_cache: bool = True
     """Whether requests share the KV cache of equal beginnings."""
     itl_target_s: float = 0.1
     """Longest time between two tokens of a running answer that prefilling another may cause."""
+    pipelined: bool | None = None
+    """Whether a step is launched before the tokens of the one before are read; None: on one GPU,
+    where launching does not wait. Not for several ranks: only the first knows the tokens."""
     threads: int | None = None
     """CPU threads; None: torch's own default, less one core for what runs beside the engine."""
 
@@ -249,6 +175,7 @@ class EngineConfig:
         _check_word("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _check_word("backend", self.backend, get_args(Backend))
         _check_word("weight_dtype", self.weight_dtype, get_args(WeightDtype))
+        _check_word("kv_dtype", self.kv_dtype, get_args(KvDtype))
         if not 0 < self.itl_target_s < math.inf:
             raise ConfigError(f"itl_target_s={self.itl_target_s}: must be above 0, and finite")
         if self.device.partition(":")[0] not in ("auto", "cpu", "cuda"):

@@ -49,6 +49,19 @@ def machine_of(device: torch.device, world: int = 1) -> Machine:
     )
 
 
+def measured_free_bytes(device: torch.device) -> int | None:
+    """Return what this process may still take of a GPU's memory; None: not a GPU.
+
+    What torch holds of it but does not use counts as free.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()  # pieces that loading left would be too small for the KV cache
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def found_machine() -> Machine:
     """Return all CUDA devices of this machine as one group, or its CPU where there are none.
 

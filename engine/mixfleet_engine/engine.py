@@ -1,13 +1,24 @@
-"""The engine itself: plan, run, commit."""
+"""The engine itself: plan, launch, read, commit.
+
+Pipelined, it reads a step's tokens only when the next step has been launched, so that the host's
+work hides behind the device's::
+
+    device    | step 1       | step 2       | step 3       |
+    host      plan 1, 2      commit 1       commit 2
+                             plan 3         plan 4
+"""
 
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from mixfleet_engine.errors import ConfigError
+from mixfleet_engine.launch import Launch
 from mixfleet_engine.request import GenerateRequest, StepOutput
 from mixfleet_engine.scheduler import Scheduler
-from mixfleet_engine.step import SampledToken, StepPlan
+from mixfleet_engine.step import StepPlan
 
 
 class Runner(Protocol):
@@ -23,16 +34,25 @@ class Runner(Protocol):
         """Tokens per block."""
         ...
 
-    def run(self, plan: StepPlan) -> list[SampledToken]:
+    def launch(self, plan: StepPlan) -> Launch:
         """Clear the blocks that the plan names, write the keys and values of all chunks, sample.
 
-        Running the same chunk twice must do no harm: after an error the step may come again.
+        Better than to do all that is to begin it and to return, but launches must take effect in
+        order. An unread token is one of those that the launch before this one samples. What the
+        host knows of a chunk, its history and its grammar, must be looked at before this returns.
 
-        Returns:
-            One token per chunk that samples, in the plan's order; ``NO_TOKEN`` for one whose
-            logits are not finite.
+        Running the same chunk twice must do no harm: after an error the step may come again.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A step whose tokens nobody has read."""
+
+    plan: StepPlan
+    launch: Launch
+    planned_at: float
 
 
 class Engine:
@@ -46,13 +66,20 @@ class Engine:
         runner: Computes.
         scheduler: Decides what.
         clock: Seconds; deadlines are on this clock, and steps are timed with it.
+        pipelined: Whether a step may be launched before the tokens of the one before are read. The
+            tokens are the same either way. It pays where ``launch`` does not wait.
 
     Raises:
         ConfigError: The scheduler counts on another KV cache than the runner has.
     """
 
     def __init__(
-        self, runner: Runner, scheduler: Scheduler, *, clock: Callable[[], float] = time.monotonic
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        pipelined: bool = False,
     ) -> None:
         for name in ("num_blocks", "block_size"):
             has, counts_on = getattr(runner, name), getattr(scheduler, name)
@@ -61,6 +88,10 @@ class Engine:
         self._runner = runner
         self._scheduler = scheduler
         self._clock = clock
+        self._pipelined = pipelined
+        self._running: deque[_Running] = deque()
+        self._read_at = 0.0
+        """When the last tokens came."""
 
     @property
     def context_length(self) -> int:
@@ -79,8 +110,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether :meth:`step` would do anything."""
-        return self._scheduler.has_work
+        """Whether :meth:`step` would do anything, if only to read what nobody waits for."""
+        return self._scheduler.has_work or bool(self._running)
 
     @property
     def num_preemptions(self) -> int:
@@ -124,11 +155,30 @@ class Engine:
 
         Requests that are past their deadlines end here, whether anything is computed or not.
         """
-        if not self._scheduler.has_work:
+        if not self.has_work:
             return []
-        started = self._clock()
-        plan = self._scheduler.plan(started)
-        if not plan.chunks:
-            return self._scheduler.commit(plan, [])
-        sampled = self._runner.run(plan)
-        return self._scheduler.commit(plan, sampled, elapsed_s=self._clock() - started)
+        now = self._clock()
+        try:
+            if not self._running:
+                plan = self._scheduler.plan(now)
+                if not plan.chunks:
+                    return self._scheduler.commit(plan, [])
+                self._launch(plan, now)
+            if self._pipelined and (ahead := self._scheduler.plan_ahead(now)) is not None:
+                self._launch(ahead, now)
+            return self._commit_oldest()
+        except BaseException:
+            # The scheduler will plan anew from what is committed.
+            self._running.clear()
+            raise
+
+    def _launch(self, plan: StepPlan, now: float) -> None:
+        self._running.append(_Running(plan, self._runner.launch(plan), now))
+
+    def _commit_oldest(self) -> list[StepOutput]:
+        oldest = self._running[0]
+        sampled = oldest.launch.read()
+        self._running.popleft()
+        # A step begins when it is planned or when the one before ends, whichever comes last.
+        began_at, self._read_at = max(oldest.planned_at, self._read_at), self._clock()
+        return self._scheduler.commit(oldest.plan, sampled, elapsed_s=self._read_at - began_at)

@@ -52,17 +52,50 @@ def draw_wide(rows: SamplingRows) -> Tensor:
     Args:
         rows: Rows with a temperature.
     """
-    best, temperatures = rows.best, rows.temperatures()
-    weights = token_weights(rows.logits, best, temperatures)  # [R, V]
-    if any(_is_cut(rows, p) for p in rows.params):
-        weights *= cut(rows.logits, torch.ones_like(weights), _top_k(rows).double())
-    if any(p.top_p < 1 for p in rows.params):
-        wanted = _top_p(rows) * total_weight(weights)
-        # At least the best token stays, also where the share is 0.
-        weights *= cut(rows.logits, weights, wanted.clamp_min_(1))
-    if any(p.min_p > 0 for p in rows.params):
-        weights *= (rows.logits - best).div_(temperatures) >= _lowest(rows)
+    weights = kept_weights(
+        rows.logits,
+        rows.best,
+        rows.temperatures(),
+        top_k=_top_k(rows) if any(_is_cut(rows, p) for p in rows.params) else None,
+        top_p=_top_p(rows) if any(p.top_p < 1 for p in rows.params) else None,
+        lowest=_lowest(rows) if any(p.min_p > 0 for p in rows.params) else None,
+    )
     return draw(weights, rows.uniforms())
+
+
+def kept_weights(
+    logits: Tensor,
+    best: Tensor,
+    temperatures: Tensor,
+    *,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    lowest: Tensor | None,
+) -> Tensor:
+    """Return ``[R, V]`` weights of all tokens, 0 for those that the filters take out.
+
+    Args:
+        logits: ``[R, V]`` fp32.
+        best: ``[R, 1]`` highest of each row.
+        temperatures: ``[R, 1]`` fp32, above 0.
+        top_k: ``[R, 1]`` from 1 to V; None: no row has the filter.
+        top_p: ``[R, 1]`` fp64, 1 where a row has none; None: no row has it.
+        lowest: ``[R, 1]`` fp64, as `lowest_kept` says; None: no row has a min-p.
+    """
+    weights = token_weights(logits, best, temperatures)
+    if top_k is not None:
+        weights *= cut(logits, torch.ones_like(weights), top_k.double())
+    if top_p is not None:
+        # At least the best token stays, also where the share is 0.
+        weights *= cut(logits, weights, (top_p * total_weight(weights)).clamp_min_(1))
+    if lowest is not None:
+        weights *= (logits - best).div_(temperatures) >= lowest
+    return weights
+
+
+def lowest_kept(min_p: float) -> float:
+    """Return the lowest logit that min-p leaves, over temperature, the best being 0."""
+    return math.log(min_p) if min_p > 0 else -math.inf
 
 
 def _kept(rows: SamplingRows, token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,9 +139,7 @@ def _top_p(rows: SamplingRows) -> Tensor:
 
 
 def _lowest(rows: SamplingRows) -> Tensor:
-    """Return ``[R, 1]`` the lowest logits that min-p leaves, over temperature, the best at 0."""
-    lowest = [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in rows.params]
-    return rows.column(lowest, torch.float64)
+    return rows.column([lowest_kept(p.min_p) for p in rows.params], torch.float64)
 
 
 def _top_k(rows: SamplingRows) -> Tensor:

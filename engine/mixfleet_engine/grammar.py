@@ -183,6 +183,21 @@ class Grammars:
         return llguidance.LLTokenizer(cast("llguidance.TokenizerWrapper", words))
 
 
+def grammar_of(request: GenerateRequest, grammars: Grammars | None) -> GrammarState | None:
+    """Return where the answer to ``request`` stands in its grammar; None if it has none.
+
+    Raises:
+        InvalidRequestError: It has one, but there are no ``grammars``; or as `Grammars.start`.
+    """
+    if request.grammar is None:
+        return None
+    if grammars is None:
+        raise InvalidRequestError(
+            "grammar: this engine was loaded without a tokenizer, so it can follow none"
+        )
+    return grammars.start(request)
+
+
 class _Words:
     """The attributes that llguidance reads of a tokenizer."""
 

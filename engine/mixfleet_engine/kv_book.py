@@ -8,6 +8,13 @@ A block is in *doubt* from when a step is planned to write to it until a token w
 was sampled after it. What is in doubt may hold a NaN, and attention counts a masked slot as 0 times
 its value: so such a block is cleared before it serves a new owner, and once logits were not finite
 nobody finds it any more.
+
+Up to two steps are planned and not booked, the second while the first runs. The device runs them,
+and all later ones, in order, so a block may change hands as soon as its owner ends: whatever a step
+on its way still writes there comes before what the new owner's steps do. Hence two rules. A block
+stays in doubt while any planned step writes to it, whatever the step before has sampled: its new
+owner clears it *after* the surplus write. And each plan carries its own blocks to clear: one that
+the first step clears may be written by it and change hands, and then the second clears it again.
 """
 
 from bisect import bisect_left
@@ -54,7 +61,7 @@ class KvBook:
 
     @property
     def unclean(self) -> tuple[int, ...]:
-        """Blocks that the next step must clear before it runs."""
+        """Blocks that the next step to be planned must clear before it runs."""
         return tuple(sorted(self._unclean))
 
     def num_needed(self, sequence: Sequence) -> int:
@@ -63,7 +70,8 @@ class KvBook:
 
     def num_missing(self, sequence: Sequence) -> int:
         """Blocks that ``sequence`` lacks for its tokens so far."""
-        return self.num_needed(sequence) - len(sequence.block_table)
+        # It may hold one too many: for an unread token of a plan that came to nothing.
+        return max(0, self.num_needed(sequence) - len(sequence.block_table))
 
     def num_alone(self, sequence: Sequence) -> int:
         """Blocks that ``sequence`` shares with nobody: what its end would free."""
@@ -102,25 +110,32 @@ class KvBook:
         """
         sequence.block_table += self._take(self.num_missing(sequence))
 
-    def chunk(self, sequence: Sequence, num_tokens: int) -> PlannedChunk:
-        """Plan the next ``num_tokens`` pending tokens of a sequence that has blocks for them."""
-        num_blocks = self._blocks.num_blocks_for(sequence.num_cached + num_tokens)
-        first = sequence.num_cached // self.block_size
-        self._doubtful.update(sequence.block_table[first:num_blocks])
-        return sequence.chunk(num_tokens, num_blocks)
-
-    def book(self, sequence: Sequence, num_tokens: int, *, sampled: bool) -> None:
-        """Count ``num_tokens`` tokens as cached, and make known the blocks they filled.
+    def chunk(self, sequence: Sequence, num_tokens: int, row: int = 0) -> PlannedChunk:
+        """Plan the next ``num_tokens`` pending tokens of a sequence that has blocks for them.
 
         Args:
             sequence: Whose.
-            num_tokens: How many a step has written.
+            num_tokens: How many.
+            row: Samples of the plan that come before this chunk.
+        """
+        num_blocks = self._blocks.num_blocks_for(sequence.start + num_tokens)
+        chunk = sequence.chunk(num_tokens, num_blocks, row)
+        self._doubt_planned(sequence)
+        return chunk
+
+    def book(self, sequence: Sequence, num_tokens: int, *, sampled: bool) -> None:
+        """Count planned tokens as cached, and make known the blocks they filled.
+
+        Args:
+            sequence: Whose.
+            num_tokens: How many the oldest planned step has written.
             sampled: Whether the step gave it a token: then its logits were finite.
         """
-        sequence.num_cached += num_tokens
+        sequence.book(num_tokens, sampled=sampled)
         num_full = sequence.num_cached // self.block_size
         if sampled:
             self._doubtful.difference_update(sequence.block_table[sequence.num_trusted :])
+            self._doubt_planned(sequence)
             sequence.num_trusted = num_full
         if self._prefix_cache:
             for number in range(sequence.num_known, num_full):
@@ -140,9 +155,22 @@ class KvBook:
         """Take all blocks from a sequence. Those that are known can be found again."""
         self._blocks.release(sequence.drop_cache())
 
-    def cleared(self, blocks: Iterable[int]) -> None:
-        """Take note that a step has cleared ``blocks``."""
-        self._unclean.difference_update(blocks)
+    def take_unclean(self) -> tuple[int, ...]:
+        """Give the unclean blocks to the step that is being planned, which must clear them."""
+        blocks = self.unclean
+        self._unclean.clear()
+        return blocks
+
+    def give_back_unclean(self, blocks: Iterable[int]) -> None:
+        """Take note that a planned step did not clear its ``blocks``: the next one must."""
+        self._unclean.update(blocks)
+
+    def _doubt_planned(self, sequence: Sequence) -> None:
+        """Doubt the blocks that planned steps write to for this sequence."""
+        if sequence.num_planned > 0:
+            first = sequence.num_cached // self.block_size
+            end = self._blocks.num_blocks_for(sequence.start)
+            self._doubtful.update(sequence.block_table[first:end])
 
     def _take(self, num_blocks: int) -> list[int]:
         blocks = self._blocks.allocate(num_blocks)

@@ -15,7 +15,7 @@ from torch import Tensor
 from mixfleet_engine.config import ModelConfig
 from mixfleet_engine.quantise import Weight
 from mixfleet_engine.sharding import share_of
-from mixfleet_engine.weights import WeightLoader
+from mixfleet_engine.weight_loader import WeightLoader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,28 +2,31 @@
 
 import logging
 import os
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
 from mixfleet_engine.backend_choice import choose_backend
 from mixfleet_engine.config import EngineConfig, ModelConfig
-from mixfleet_engine.devices import machine_of
+from mixfleet_engine.devices import machine_of, measured_free_bytes
 from mixfleet_engine.engine import Engine
 from mixfleet_engine.errors import ConfigError
 from mixfleet_engine.fit import require_fit
 from mixfleet_engine.grammar import Grammars
-from mixfleet_engine.kv_cache import KvCache
+from mixfleet_engine.kv_cache import FP8, KvCache
 from mixfleet_engine.model import MixtralModel
 from mixfleet_engine.ops.cpu import bfloat16_is_fast
-from mixfleet_engine.plan import EngineSizes, engine_sizes
+from mixfleet_engine.plan import EngineSizes, MemoryPlan, engine_sizes, packed_dtype
 from mixfleet_engine.rank_runner import LeadingRunner
 from mixfleet_engine.ranks import OneRank, Ranks
 from mixfleet_engine.runner import ModelRunner
 from mixfleet_engine.scheduler import Scheduler
 from mixfleet_engine.sharding import check_sharing, share_of
 from mixfleet_engine.tokenizer import Tokenizer
-from mixfleet_engine.weights import Progress, WeightLoader, open_checkpoint
+from mixfleet_engine.weight_loader import Progress, WeightLoader
+from mixfleet_engine.weights import Checkpoint, open_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +54,7 @@ def load_engine(
     """
     model = ModelConfig.from_checkpoint(path)
     ranks = ranks or OneRank()
+    pipelined = _is_pipelined(config, ranks.shard.world)
     sizes = planned_sizes(model, config, ranks.shard.world)
     runner = load_runner(path, config, progress, ranks)
     scheduler = Scheduler(
@@ -64,7 +68,11 @@ def load_engine(
         itl_target_s=config.itl_target_s,
         grammars=None if tokenizer is None else Grammars(tokenizer, model.vocab_size),
     )
-    return Engine(LeadingRunner(runner, ranks) if ranks.shard.world > 1 else runner, scheduler)
+    return Engine(
+        LeadingRunner(runner, ranks) if ranks.shard.world > 1 else runner,
+        scheduler,
+        pipelined=pipelined,
+    )
 
 
 def planned_sizes(model: ModelConfig, config: EngineConfig, world: int = 1) -> EngineSizes:
@@ -72,17 +80,25 @@ def planned_sizes(model: ModelConfig, config: EngineConfig, world: int = 1) -> E
 
     Raises:
         DoesNotFitError: The model is too big for the memory; the text names what fits.
-        ConfigError: A setting asks for more than there is.
+        ConfigError: A setting asks for more than there is, or the weights cannot be run as it says.
     """
+    return engine_sizes(_plan(model, config, world), config, model)
+
+
+def _plan(model: ModelConfig, config: EngineConfig, world: int) -> MemoryPlan:
     device = resolve_device(config.device)
     dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
-    plan = require_fit(
+    weight_dtype: str = config.weight_dtype
+    if weight_dtype == "auto":
+        weight_dtype = packed_dtype(model) or dtype
+        if model.packed is not None:
+            model.packed.check_runs_as_it_is()
+    return require_fit(
         model,
         machine_of(device, world),
-        weight_dtype=dtype if config.weight_dtype == "auto" else config.weight_dtype,
-        kv_dtype=dtype,
+        weight_dtype=weight_dtype,
+        kv_dtype=dtype if config.kv_dtype == "auto" else config.kv_dtype,
     )
-    return engine_sizes(plan, config, model)
 
 
 def load_runner(
@@ -91,19 +107,71 @@ def load_runner(
     progress: Progress | None = None,
     ranks: Ranks | None = None,
 ) -> ModelRunner:
-    """Load the rank's part of the model and return what runs its steps; see `load_engine`."""
-    ranks = ranks or OneRank()
+    """Load the rank's part of the model and return what runs its steps; see `load_engine`.
+
+    On a GPU the KV cache gets what is free when the weights are there. What was planned before
+    from sizes alone only says whether it is worth to load them.
+    """
     model = ModelConfig.from_checkpoint(path)
+    return make_runner(
+        lambda: open_checkpoint(path, model), model, config, progress, ranks or OneRank(), str(path)
+    )
+
+
+def make_runner(
+    opened: Callable[[], Checkpoint],
+    model: ModelConfig,
+    config: EngineConfig,
+    progress: Progress | None,
+    ranks: Ranks,
+    name: str,
+) -> ModelRunner:
+    """Return what runs the steps of a model whose weights may come from anywhere.
+
+    Args:
+        opened: Opens the weights; called when it is known that they fit.
+        model: Their sizes.
+        config: How to run it.
+        progress: As for `load_engine`.
+        ranks: As for `load_engine`.
+        name: What the log calls it.
+    """
     check_sharing(model, ranks.shard.world, weight_dtype=config.weight_dtype)
+    plan = _plan(model, config, ranks.shard.world)
     # Before any rank loads: on a CPU each would find less memory than the one before.
-    num_blocks = ranks.lowest(planned_sizes(model, config, ranks.shard.world).num_blocks)
+    num_blocks = ranks.lowest(engine_sizes(plan, config, model).num_blocks)
+    device = resolve_device(config.device)
+    loaded, backend_name = _load_model(opened, model, config, progress, ranks)
+    free_bytes = measured_free_bytes(device)
+    if free_bytes is not None:
+        found = engine_sizes(plan.after_loading(free_bytes), config, model).num_blocks
+        num_blocks = ranks.lowest(found, is_loaded=True)
+    cache = _kv_cache(model, config, ranks, num_blocks)
+    logger.info(
+        "loaded %s: backend=%s dtype=%s weight_dtype=%s device=%s num_blocks=%d block_size=%d",
+        *(name, backend_name, resolve_dtype(config.dtype, device), config.weight_dtype, device),
+        *(num_blocks, config.block_size),
+    )
+    _warn_of_short_cache(num_blocks * config.block_size, config.context_of(model))
+    ranks.wait_for_loaded()
+    return ModelRunner(loaded, cache, device)
+
+
+def _load_model(
+    opened: Callable[[], Checkpoint],
+    model: ModelConfig,
+    config: EngineConfig,
+    progress: Progress | None,
+    ranks: Ranks,
+) -> tuple[MixtralModel, str]:
+    """Return the rank's part of the model and the name of its back-end."""
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     threads = config.threads or _spare_threads(ranks.shard.world)
     torch.set_num_threads(threads)
     backend = choose_backend(config, model, dtype=dtype, device=device, threads=threads)
     loader = WeightLoader(
-        open_checkpoint(path, model),
+        opened(),
         model,
         dtype=dtype,
         device=device,
@@ -111,21 +179,30 @@ def load_runner(
         progress=ranks.watched(progress),
         shard=ranks.shard,
     )
-    loaded = MixtralModel.load(loader, model, backend, config.context_of(model), ranks)
-    cache = KvCache(
+    with closing(loader):
+        loaded = MixtralModel.load(loader, model, backend, config.context_of(model), ranks)
+    return loaded, backend.name
+
+
+def _is_pipelined(config: EngineConfig, world: int) -> bool:
+    if config.pipelined is None:
+        return world == 1 and resolve_device(config.device).type == "cuda"
+    if config.pipelined and world > 1:
+        raise ConfigError(
+            f"pipelined=True: not with {world} ranks, of which only the first samples"
+        )
+    return config.pipelined
+
+
+def _kv_cache(model: ModelConfig, config: EngineConfig, ranks: Ranks, num_blocks: int) -> KvCache:
+    device = resolve_device(config.device)
+    return KvCache(
         share_of(model, ranks.shard),
         num_blocks=num_blocks,
         block_size=config.block_size,
-        dtype=dtype,
+        dtype=FP8 if config.kv_dtype == "fp8" else resolve_dtype(config.dtype, device),
         device=device,
     )
-    logger.info(
-        "loaded %s: backend=%s dtype=%s weight_dtype=%s device=%s num_blocks=%d block_size=%d",
-        *(path, backend.name, dtype, config.weight_dtype, device, num_blocks, config.block_size),
-    )
-    _warn_of_short_cache(num_blocks * config.block_size, config.context_of(model))
-    ranks.wait_for_loaded()
-    return ModelRunner(loaded, cache, device)
 
 
 def _warn_of_short_cache(num_tokens: int, context_length: int) -> None:

@@ -21,7 +21,7 @@ from mixfleet_engine.ops.door import AttentionBlock, Backend, MoeBlock, OutputBl
 from mixfleet_engine.ranks import OneRank, Ranks
 from mixfleet_engine.rotary import RotaryTable
 from mixfleet_engine.sharding import part_of
-from mixfleet_engine.weights import WeightLoader
+from mixfleet_engine.weight_loader import WeightLoader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

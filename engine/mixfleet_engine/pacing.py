@@ -10,6 +10,7 @@ The share ``b`` is there because a few decodes use few of a layer's experts, a p
 """
 
 import math
+from collections.abc import Iterable
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, replace
 
@@ -62,6 +63,14 @@ class StepLoad:
             num_prefill_tokens=self.num_prefill_tokens + num_tokens,
             num_attended=self.num_attended + attended,
         )
+
+    @classmethod
+    def of_decodes(cls, starts: Iterable[int]) -> "StepLoad":
+        """The load of one token each after so many cached ones."""
+        load = cls()
+        for start in starts:
+            load = load.with_decode(start)
+        return load
 
     @classmethod
     def of(cls, plan: StepPlan) -> "StepLoad":

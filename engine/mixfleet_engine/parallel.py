@@ -30,7 +30,7 @@ from mixfleet_engine.ranks import RanksLostError
 from mixfleet_engine.rendezvous import Rendezvous
 from mixfleet_engine.sharding import part_of
 from mixfleet_engine.start_watch import START_PATIENCE_S, Stage, StartWatch
-from mixfleet_engine.weights import Progress
+from mixfleet_engine.weight_loader import Progress
 
 FRAME_WORDS: Final = 2048
 """A plan of up to so many words, less one, is one message; a longer one is two."""
@@ -138,12 +138,13 @@ class TensorParallel:
 
         return report
 
-    def lowest(self, number: int) -> int:
+    def lowest(self, number: int, *, is_loaded: bool = False) -> int:
         """See :meth:`Ranks.lowest <mixfleet_engine.ranks.Ranks.lowest>`."""
         found = torch.tensor([number])
         # The exchange itself waits for ever, and would not say for whom.
-        self._watch.reached(Stage.LOADING)
-        self._watch.wait_for(Stage.LOADING)
+        stage = Stage.LOADED if is_loaded else Stage.LOADING
+        self._watch.reached(stage)
+        self._watch.wait_for(stage)
         with _lost_if_it_fails():
             dist.all_reduce(found, dist.ReduceOp.MIN, group=self._plans)
         return int(found)

@@ -83,7 +83,7 @@ class Penalties:
             chunks: R chunks that sample. What counts are the tokens before the sampled one.
         """
         biased = [(row, c) for row, c in enumerate(chunks) if c.sampling.logit_bias]
-        penalised = [(row, c) for row, c in enumerate(chunks) if _is_penalised(c.sampling)]
+        penalised = [(row, c) for row, c in enumerate(chunks) if c.sampling.counts_tokens]
         if not biased and not penalised:
             return logits
         changed = logits.clone(memory_format=torch.contiguous_format)
@@ -104,14 +104,6 @@ class Penalties:
             counts = self._counts[history] = TokenCounts(history, first)
         counts.catch_up(history, end)
         return counts
-
-
-def _is_penalised(params: SamplingParams) -> bool:
-    return (
-        params.repetition_penalty != 1
-        or params.presence_penalty != 0
-        or params.frequency_penalty != 0
-    )
 
 
 def _add_biases(logits: Tensor, rows: Sequence[tuple[int, SamplingParams]]) -> None:

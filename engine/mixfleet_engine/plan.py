@@ -5,22 +5,28 @@ gives each device one rank, an equal share of the matrices and of the KV heads.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Final
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Final, Self
 
 from mixfleet_engine.config import EngineConfig, ModelConfig
 from mixfleet_engine.errors import ConfigError, DoesNotFitError
 from mixfleet_engine.machines import Machine
+from mixfleet_engine.packed_format import PackedFormat
 from mixfleet_engine.weight_formats import (
     KV_BYTES,
     format_of,
+    kind_name,
     output_kind,
+    packed_bytes,
     stored_bytes,
     weight_kinds,
 )
 
 LEAST_TOKENS: Final = 1024
 """A KV cache of less is no use for a chat: the model counts as too big."""
+_BESIDE_PACKED: Final = "bfloat16"
+"""What is not packed is held so."""
 _CUDA_SHARE: Final = 0.94
 _CUDA_RESERVE_BYTES: Final = 2 << 30
 _CPU_SHARE: Final = 0.90
@@ -63,6 +69,14 @@ class MemoryPlan:
         """Whether the model runs at all."""
         return self.kv_tokens >= LEAST_TOKENS
 
+    def after_loading(self, free_bytes: int) -> Self:
+        """Return the plan with the weights as big as they turned out.
+
+        Args:
+            free_bytes: What is left of a device's memory beside them, the reserve included.
+        """
+        return replace(self, weight_bytes=max(0, self.machine.available_bytes - free_bytes))
+
     def sequences(self, context: int) -> int:
         """Return how many sequences of ``context`` tokens fit at the same time, each full."""
         return self.kv_tokens // context if self.fits else 0
@@ -83,7 +97,8 @@ def weight_bytes(
 
     Args:
         model: Sizes.
-        weight_dtype: float32, bfloat16, float16, fp8, int8 or int4.
+        weight_dtype: float32, bfloat16, float16, fp8, int8 or int4; ``awq`` or ``gptq``: packed
+            as in the model's own checkpoint.
         tp: Ranks.
         copies_output: Whether a tied model's output matrix is laid out anew, beside the embedding.
 
@@ -91,13 +106,34 @@ def weight_bytes(
         ConfigError: No such dtype, or ``tp`` ranks cannot share the model.
     """
     _check_tp(model, tp)
+    packed = model.packed if weight_dtype == packed_dtype(model) else None
+    plain_dtype = _BESIDE_PACKED if packed else weight_dtype
     kinds = weight_kinds(model)
-    quantised = format_of("output.weight", weight_dtype) != "plain"
+    quantised = format_of("output.weight", plain_dtype) != "plain"
     if model.tie_word_embeddings and (quantised or copies_output):
         kinds = (*kinds, output_kind(model))
-    return sum(
-        kind.count * stored_bytes(kind.name, kind.rank_shape(tp), weight_dtype) for kind in kinds
+    num_bytes = sum(
+        kind.count * stored_bytes(kind.name, kind.rank_shape(tp), plain_dtype) for kind in kinds
     )
+    return num_bytes - (_packing_saves(model, packed, tp) if packed else 0)
+
+
+def packed_dtype(model: ModelConfig) -> str | None:
+    """Return the weight dtype that means the form of the model's own checkpoint; None: plain."""
+    return None if model.packed is None else model.packed.method
+
+
+def _packing_saves(model: ModelConfig, packed: PackedFormat, tp: int) -> int:
+    """Return by how much the packed weights are smaller than plain ones would be."""
+    counts = Counter(kind_name(name) for name in packed.names)
+    saved = 0
+    for kind in weight_kinds(model):
+        # A router is unpacked, because it is held in fp32.
+        if counts[kind.name] and format_of(kind.name, "int4") != "plain":
+            shape = kind.rank_shape(tp)
+            plain = stored_bytes(kind.name, shape, _BESIDE_PACKED)
+            saved += counts[kind.name] * (plain - packed_bytes(shape, packed))
+    return saved
 
 
 def kv_bytes_per_token(model: ModelConfig, kv_dtype: str, tp: int = 1) -> int:

@@ -20,7 +20,13 @@ _NO_SETTINGS: Final = SamplingParams()
 
 
 def encode_plan(plan: StepPlan) -> list[int]:
-    """Return ``plan`` as words; never an empty list."""
+    """Return ``plan`` as words; never an empty list.
+
+    Raises:
+        ValueError: It has unread tokens, which the other ranks cannot know: they sample none.
+    """
+    if any(chunk.unread_row is not None for chunk in plan.chunks):
+        raise ValueError("a plan with unread tokens is of no use to other ranks")
     words = [len(plan.clear_blocks), *plan.clear_blocks, len(plan.chunks)]
     for chunk in plan.chunks:
         words += (chunk.start, chunk.samples, len(chunk.token_ids), len(chunk.block_table))

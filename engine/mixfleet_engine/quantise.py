@@ -6,8 +6,8 @@ time, so that its scratch memory does not grow with the matrix.
 Shape letters: N output width, K input width, G groups of 128 along K, the last may be shorter.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Final, cast
 
 import torch
@@ -30,12 +30,19 @@ class Int8Weight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Int4Weight:
-    """Four bits per number, one scale per output row and group of 128 inputs, symmetric."""
+    """Four bits per number, one scale per output row and group of 128 inputs.
+
+    What is quantised here is symmetric: zero stands at zero. Checkpoints may come with a zero point
+    per group; a number q then means ``(q - zero) * scale``.
+    """
 
     values: Tensor
-    """``[N, K / 2]`` uint8: two numbers from -8 to 7, the even input's in the low four bits."""
+    """``[N, K / 2]`` uint8: two numbers, the even input's in the low four bits. From -8 to 7 in
+    two's complement; with ``zeros`` from 0 to 15, unsigned."""
     scales: Tensor
     """``[N, G]`` fp32. May be negative: -8 then stands for a large positive number."""
+    zeros: Tensor | None = None
+    """``[N, G]`` fp32, whole numbers from 0 to 15; None: symmetric."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +61,8 @@ Quantised = Int8Weight | Int4Weight | Fp8Weight
 
 SLAB_NUMBERS: Final = 1 << 19
 """Numbers of one slab: its scratch of 5 fp32 copies, 10 MiB, stays in a server's cache."""
+GPU_SLAB_NUMBERS: Final = 1 << 24
+"""On a GPU: scratch of 320 MiB, and so few slabs that their launches do not count."""
 INT8_MAX: Final = 127
 FP8_MAX: Final = 448
 SMALLEST: Final = 1e-34
@@ -95,7 +104,7 @@ def dequantise(weight: Weight, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, Tensor):
         return weight.to(dtype)
     matrix = torch.empty(shape_of(weight), dtype=dtype, device=weight.values.device)
-    for rows in slabs(*matrix.shape):
+    for rows in slabs(len(matrix), matrix.shape[1], matrix.device):
         matrix[rows] = _dequantised_rows(weight, rows)
     return matrix
 
@@ -114,30 +123,49 @@ def stacked(weights: Sequence[Weight]) -> Weight:
         return first
     if isinstance(first, Tensor):
         return torch.cat(cast("list[Tensor]", list(weights)))
-    parts = cast("Sequence[Quantised]", weights)
-    return type(first)(
-        values=torch.cat([part.values for part in parts]),
-        scales=torch.cat([part.scales for part in parts]),
-    )
+    return _like(first, lambda name: torch.cat([getattr(part, name) for part in weights]))
+
+
+def form_of(weight: Weight) -> str:
+    """Return in a word in which form a matrix is; those of one form can be stacked."""
+    if isinstance(weight, Tensor):
+        return f"plain {weight.dtype}".replace("torch.", "")
+    asymmetric = isinstance(weight, Int4Weight) and weight.zeros is not None
+    return type(weight).__name__ + (" with zero points" if asymmetric else "")
 
 
 def rows_of(weight: Quantised, rows: slice) -> Quantised:
     """Return some rows of a matrix, sharing its memory."""
-    return type(weight)(values=weight.values[rows], scales=weight.scales[rows])
+    return _like(weight, lambda name: getattr(weight, name)[rows])
 
 
-def slabs(n: int, k: int) -> Iterator[slice]:
-    """Yield ranges of rows that cover ``[N, K]``, each a multiple of 64 rows or the last."""
-    height = max(64, SLAB_NUMBERS // max(k, 1) // 64 * 64)
+def _like(weight: Quantised, make: Callable[[str], Tensor]) -> Quantised:
+    """Return a weight of the same form, each of its tensors made by the tensor's name."""
+    names = (field.name for field in fields(weight))
+    return type(weight)(**{n: make(n) for n in names if getattr(weight, n) is not None})
+
+
+def slabs(n: int, k: int, device: torch.device | None = None) -> Iterator[slice]:
+    """Yield ranges of rows that cover ``[N, K]``, each a multiple of 64 rows or the last.
+
+    Their size suits ``device``, and no result depends on it; None: a CPU.
+    """
+    on_cpu = device is None or device.type == "cpu"
+    numbers = SLAB_NUMBERS if on_cpu else GPU_SLAB_NUMBERS
+    height = max(64, numbers // max(k, 1) // 64 * 64)
     for start in range(0, n, height):
         yield slice(start, min(n, start + height))
 
 
 def unpack_int4(values: Tensor) -> Tensor:
     """Return the numbers, ``[N, K]`` int8 from -8 to 7, of ``[N, K / 2]`` packed ones."""
-    halves = torch.stack((values & 15, values >> 4), dim=-1)
     # Two's complement of four bits: 8 to 15 mean -8 to -1.
-    return (halves.flatten(-2) ^ 8).to(torch.int8) - 8
+    return (unpack_nibbles(values) ^ 8).to(torch.int8) - 8
+
+
+def unpack_nibbles(values: Tensor) -> Tensor:
+    """Return ``[N, K]`` uint8 from 0 to 15 of ``[N, K / 2]`` packed ones."""
+    return torch.stack((values & 15, values >> 4), dim=-1).flatten(-2)
 
 
 def _dequantised_rows(weight: Quantised, rows: slice) -> Tensor:
@@ -145,14 +173,23 @@ def _dequantised_rows(weight: Quantised, rows: slice) -> Tensor:
     values, scales = weight.values[rows], weight.scales[rows]
     if not isinstance(weight, Int4Weight):
         return values.float() * scales[:, None]
-    numbers = unpack_int4(values).float()
-    return numbers * scales.repeat_interleave(INT4_GROUP, dim=1)[:, : numbers.shape[1]]
+    width = 2 * values.shape[1]
+    if weight.zeros is None:
+        numbers = unpack_int4(values).float()
+    else:
+        numbers = unpack_nibbles(values) - _each(weight.zeros[rows], width)
+    return numbers * _each(scales, width)
+
+
+def _each(per_group: Tensor, width: int) -> Tensor:
+    """Return ``[N, K]``, every input's own of ``[N, G]``."""
+    return per_group.repeat_interleave(INT4_GROUP, dim=1)[:, :width]
 
 
 def _fill_rows(matrix: Tensor, values: Tensor, highest: int, name: str) -> Tensor:
     """Fill ``values`` and return the scales that make each row's largest magnitude ``highest``."""
     scales = torch.empty(len(matrix), dtype=torch.float32, device=matrix.device)
-    for rows in slabs(*matrix.shape):
+    for rows in slabs(len(matrix), matrix.shape[1], matrix.device):
         wide = matrix[rows].float()
         largest = _largest(wide, rows, name)
         inverse = torch.where(largest < SMALLEST, 0.0, highest / largest)
@@ -185,7 +222,7 @@ def _int4(matrix: Tensor, name: str) -> Int4Weight:
     num_groups = -(-k // INT4_GROUP)
     values = torch.empty(n, k // 2, dtype=torch.uint8, device=matrix.device)
     scales = torch.empty(n, num_groups, dtype=torch.float32, device=matrix.device)
-    for rows in slabs(n, k):
+    for rows in slabs(n, k, matrix.device):
         wide = matrix[rows].float().contiguous()
         _largest(wide, rows, name)
         # Zeros behind the end of the last group change neither its scale nor its numbers.

@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mixfleet_engine.config import Shard
-from mixfleet_engine.weights import Progress
+from mixfleet_engine.weight_loader import Progress
 
 
 class RanksLostError(BaseException):
@@ -47,8 +47,10 @@ class Ranks(Protocol):
         """Return a callback that reports to the other ranks as well."""
         ...
 
-    def lowest(self, number: int) -> int:
+    def lowest(self, number: int, *, is_loaded: bool = False) -> int:
         """Return the lowest ``number`` of all ranks, once all of them are about to load.
+
+        With ``is_loaded`` once all of them have loaded.
 
         Raises:
             StartHangError: One of them makes no progress any more.
@@ -93,8 +95,9 @@ class OneRank:
         """Return ``progress``: nobody else waits."""
         return progress
 
-    def lowest(self, number: int) -> int:
+    def lowest(self, number: int, *, is_loaded: bool = False) -> int:
         """Return ``number``."""
+        del is_loaded  # nobody else loads
         return number
 
     def wait_for_loaded(self) -> None:

@@ -37,6 +37,15 @@ class SamplingParams:
     """64 bits. With the token's position it fixes the random number, so that the same request
     gives the same tokens in any batch and on any worker."""
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether the choice hangs on the tokens before also apart from the logits."""
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:

@@ -1,12 +1,15 @@
 """Runs the steps of one device: plan in, token ids out."""
 
+from dataclasses import replace
+
 import torch
 
 from mixfleet_engine.batch import make_batch
 from mixfleet_engine.kv_cache import KvCache
+from mixfleet_engine.launch import Computed
 from mixfleet_engine.model import MixtralModel
 from mixfleet_engine.sampler import Sampler
-from mixfleet_engine.step import SampledToken, StepPlan
+from mixfleet_engine.step import PlannedChunk, SampledToken, StepPlan
 
 
 class ModelRunner:
@@ -23,6 +26,8 @@ class ModelRunner:
         self._cache = cache
         self._device = device
         self._sampler = Sampler()
+        self._last: list[SampledToken] = []
+        """What the last launch sampled."""
 
     @property
     def num_blocks(self) -> int:
@@ -46,14 +51,32 @@ class ModelRunner:
         return self._model.forward(batch, self._cache)
 
     @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Computed:
+        """Compute the plan at once.
+
+        Its tokens are in the KV cache afterwards.
+        """
+        logits = self.logits(self._known(plan))
+        sampling = [chunk for chunk in plan.chunks if chunk.samples]
+        self._last = self._sampler.sample(logits, sampling) if len(logits) else []
+        return Computed(self._last)
+
     def run(self, plan: StepPlan) -> list[SampledToken]:
-        """Return the sampled tokens, one per chunk that samples, in plan order.
+        """Launch the plan and return the sampled tokens, one per chunk that samples, in plan order.
 
         A chunk whose logits are not finite gives ``NO_TOKEN``.
-
-        The plan's tokens are in the KV cache afterwards.
         """
-        logits = self.logits(plan)
-        if len(logits) == 0:
-            return []
-        return self._sampler.sample(logits, [chunk for chunk in plan.chunks if chunk.samples])
+        return self.launch(plan).read()
+
+    def _known(self, plan: StepPlan) -> StepPlan:
+        """Return the plan with its unread tokens, which are known here by now."""
+        if all(chunk.unread_row is None for chunk in plan.chunks):
+            return plan
+        return replace(plan, chunks=tuple(self._with_token(chunk) for chunk in plan.chunks))
+
+    def _with_token(self, chunk: PlannedChunk) -> PlannedChunk:
+        if chunk.unread_row is None:
+            return chunk
+        # Where there is no token nobody will read what comes of it.
+        token_id = max(0, self._last[chunk.unread_row].token_id)
+        return replace(chunk, token_ids=(token_id,), unread_row=None)

@@ -3,15 +3,19 @@
 Every step carries one token of each decoding sequence, then as much prefill as ``max_step_tokens``
 and the target for the time between two tokens of an answer allow, in the order that ``admission``
 keeps. A request that is first in that order moves by at least one token in every step.
+
+A step may be planned while the one before it runs, as if each sequence went on with whatever token
+it gets. One that ends with that token has a surplus chunk then, and nobody sees what comes of it.
 """
 
 from collections.abc import Sequence as Row
 
 from mixfleet_engine.admission import Admission
 from mixfleet_engine.errors import ConfigError, InvalidRequestError
-from mixfleet_engine.grammar import Grammars, GrammarState
+from mixfleet_engine.grammar import Grammars, grammar_of
 from mixfleet_engine.kv_book import KvBook
 from mixfleet_engine.pacing import StepBudget, StepLoad, StepTimeModel
+from mixfleet_engine.planned_steps import PlannedSteps
 from mixfleet_engine.request import FinishReason, GenerateRequest, StepOutput
 from mixfleet_engine.request_check import check_request
 from mixfleet_engine.sequence import Sequence
@@ -21,9 +25,10 @@ from mixfleet_engine.step import NO_TOKEN, SampledToken, StepPlan
 class Scheduler:
     """Owns the sequences and the blocks of the KV cache, as plain integers.
 
-    A step is ``plan``, a forward pass somewhere else, ``commit``. A plan promises nothing: until
-    it is committed no token counts as cached, so that after a failed forward pass the caller may
-    abort whom it likes and plan again.
+    A step is ``plan``, a forward pass somewhere else, ``commit``; between these two the next step
+    may be planned with ``plan_ahead``. A plan promises nothing: until it is committed no token
+    counts as cached, so that after a failed forward pass the caller may abort whom it likes and
+    plan again.
 
     Args:
         num_blocks: Blocks of the KV cache.
@@ -54,13 +59,9 @@ class Scheduler:
         itl_target_s: float = 0.1,
         grammars: Grammars | None = None,
     ) -> None:
-        for name, value in (
-            ("max_batch_size", max_batch_size),
-            ("context_length", context_length),
-            ("vocab_size", vocab_size),
-        ):
-            if value < 1:
-                raise ConfigError(f"{name}={value}: must be at least 1")
+        _check_sizes(
+            max_batch_size=max_batch_size, context_length=context_length, vocab_size=vocab_size
+        )
         if max_step_tokens < max_batch_size:
             # All decodes go first: with less, a full batch would starve its youngest for ever.
             raise ConfigError(
@@ -81,7 +82,7 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._ended: dict[str, StepOutput] = {}
         self._num_submitted = 0
-        self._planned: tuple[StepPlan, list[Sequence]] | None = None
+        self._planned = PlannedSteps(self._book, self._admission)
 
     @property
     def num_blocks(self) -> int:
@@ -154,7 +155,7 @@ class Scheduler:
                 f"request_id={request.request_id!r}: is in the engine already"
             )
         check_request(request, vocab_size=self._vocab_size, context_length=self._context_length)
-        grammar = self._grammar(request)
+        grammar = grammar_of(request, self._grammars)
         if grammar is not None and (grammar.is_complete or grammar.dead_end is not None):
             self._end(request.request_id, "stop")
             return
@@ -177,28 +178,30 @@ class Scheduler:
     def plan(self, now: float = 0.0) -> StepPlan:
         """Choose the tokens of the next forward pass, taking blocks for them.
 
-        A plan that was not committed is void from here on. No forward pass is needed for a plan
+        Plans that were not committed are void from here on. No forward pass is needed for a plan
         without chunks, but it must be committed as well.
 
         Args:
             now: Seconds on the clock of the deadlines. Who is overdue ends here, and is told of by
                 the next commit.
         """
+        self._planned.void()
         self._end_overdue(now)
-        ready = self._admission.ready()
-        decodes = [sequence for sequence in ready if sequence.num_pending == 1]
-        shares = [(sequence, 1) for sequence in decodes]
-        budget = self._budget(decodes)
-        prefilling = [sequence for sequence in ready if sequence.num_pending > 1]
-        candidates = self._admission.next_to_prefill(prefilling)
-        while budget.is_open and (sequence := next(candidates, None)) is not None:
-            num_tokens = budget.take(start=sequence.num_cached, num_pending=sequence.num_pending)
-            if num_tokens > 0:
-                shares.append((sequence, num_tokens))
-        chunks = tuple(self._book.chunk(*share) for share in shares)
-        plan = StepPlan(chunks=chunks, clear_blocks=self._book.unclean)
-        self._planned = plan, [sequence for sequence, _ in shares]
-        return plan
+        return self._planned.add(self._shares(self._admission.ready()))
+
+    def plan_ahead(self, now: float = 0.0) -> StepPlan | None:
+        """Choose the tokens of the forward pass after the one that is planned and not committed.
+
+        The tokens that it samples go on as unread ones. None: nobody could take part, or only at
+        another's cost, or the host must know a token first (a grammar, a penalty). Commit then.
+
+        Args:
+            now: As for :meth:`plan`; who is overdue loses the token that is being sampled.
+        """
+        self._end_overdue(now)
+        ready = self._admission.ready_ahead()
+        shares = self._shares(ready) if ready is not None else []
+        return self._planned.add(shares) if shares else None
 
     def commit(
         self, plan: StepPlan, sampled: Row[SampledToken], *, elapsed_s: float | None = None
@@ -206,22 +209,16 @@ class Scheduler:
         """Book what the forward pass of ``plan`` computed and return the new tokens.
 
         Args:
-            plan: What the last call of :meth:`plan` returned.
+            plan: The oldest that is neither committed nor void.
             sampled: One token per chunk that samples, in the plan's order; ``NO_TOKEN`` ends
                 that request with the reason ``error``.
-            elapsed_s: Seconds that the step took, from which later plans learn; None: unknown.
+            elapsed_s: Seconds that the step took, without what it waited for the one before; later
+                plans learn from them. None: unknown.
 
         Raises:
-            ValueError: Not the last plan, committed before, or not one token per sampling chunk.
-                Nothing was booked.
+            ValueError: Not that plan, or not one token per sampling chunk. Nothing was booked.
         """
-        if self._planned is None or self._planned[0] is not plan:
-            raise ValueError("only the last plan can be committed, and only once")
-        if len(sampled) != plan.num_samples:
-            raise ValueError(f"{len(sampled)} tokens for {plan.num_samples} chunks that sample")
-        sequences = self._planned[1]
-        self._planned = None
-        self._book.cleared(plan.clear_blocks)
+        sequences = self._planned.take(plan, len(sampled))
         if elapsed_s is not None and plan.chunks:
             self._times.learn(StepLoad.of(plan), elapsed_s)
         outputs = list(self._ended.values())
@@ -229,7 +226,7 @@ class Scheduler:
         tokens = iter(sampled)
         for chunk, sequence in zip(plan.chunks, sequences, strict=True):
             token = next(tokens) if chunk.samples else None
-            # Aborted meanwhile, and perhaps another one was submitted under the same id.
+            # Ended meanwhile, and perhaps another one was submitted under the same id.
             if self._sequences.get(chunk.request_id) is not sequence:
                 continue
             output = self._book_chunk(sequence, len(chunk.token_ids), token)
@@ -237,17 +234,24 @@ class Scheduler:
                 outputs.append(output)
         return outputs
 
-    def _budget(self, decodes: list[Sequence]) -> StepBudget:
-        load = StepLoad()
-        for sequence in decodes:
-            load = load.with_decode(sequence.num_cached)
-        return StepBudget(
+    def _shares(self, ready: list[Sequence]) -> list[tuple[Sequence, int]]:
+        """Who takes part in the next step, with how many tokens; decodes first."""
+        decodes = [sequence for sequence in ready if sequence.num_pending == 1]
+        shares = [(sequence, 1) for sequence in decodes]
+        budget = StepBudget(
             self._times,
-            load,
+            StepLoad.of_decodes(sequence.start for sequence in decodes),
             max_tokens=self._max_step_tokens,
             floor=self.block_size,
             target_s=self._itl_target_s,
         )
+        prefilling = [sequence for sequence in ready if sequence.num_pending > 1]
+        candidates = self._admission.next_to_prefill(prefilling)
+        while budget.is_open and (sequence := next(candidates, None)) is not None:
+            num_tokens = budget.take(start=sequence.start, num_pending=sequence.num_pending)
+            if num_tokens > 0:
+                shares.append((sequence, num_tokens))
+        return shares
 
     def _end_overdue(self, now: float) -> None:
         for sequence in [s for s in self._sequences.values() if s.is_overdue(now)]:
@@ -255,19 +259,8 @@ class Scheduler:
             self._end(sequence.request.request_id, "deadline")
 
     def _end(self, request_id: str, reason: FinishReason) -> None:
-        """Have the next commit say that the request has ended without another token."""
-        self._ended[request_id] = StepOutput(
-            request_id=request_id, token_ids=(), finish_reason=reason
-        )
-
-    def _grammar(self, request: GenerateRequest) -> GrammarState | None:
-        if request.grammar is None:
-            return None
-        if self._grammars is None:
-            raise InvalidRequestError(
-                "grammar: this engine was loaded without a tokenizer, so it can follow none"
-            )
-        return self._grammars.start(request)
+        """Have the next commit say that the request has ended without a token."""
+        self._ended[request_id] = _end_of(request_id, reason)
 
     def _book_chunk(
         self, sequence: Sequence, num_tokens: int, token: SampledToken | None
@@ -278,7 +271,7 @@ class Scheduler:
             if reason is None:
                 self._book.condemn(sequence)
             self._forget(sequence)
-            return StepOutput(request_id=request_id, token_ids=(), finish_reason=reason or "error")
+            return _end_of(request_id, reason or "error")
         self._book.book(sequence, num_tokens, sampled=token is not None)
         if token is None:
             return None
@@ -295,3 +288,13 @@ class Scheduler:
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request.request_id]
         self._admission.remove(sequence)
+
+
+def _end_of(request_id: str, reason: FinishReason) -> StepOutput:
+    return StepOutput(request_id=request_id, token_ids=(), finish_reason=reason)
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise ConfigError(f"{name}={value}: must be at least 1")

@@ -6,17 +6,15 @@ it runs a strip of each expert; embedding and output are cut between tokens of t
 and routers are whole on every rank. What attention and experts return is then a partial sum.
 """
 
-import re
 from dataclasses import replace
 from typing import Final
 
 from mixfleet_engine.config import ModelConfig, Shard
 from mixfleet_engine.errors import ConfigError
 from mixfleet_engine.plan import sharing_problem
-from mixfleet_engine.weight_formats import INT4_GROUP, weight_kinds
+from mixfleet_engine.weight_formats import INT4_GROUP, kind_name, weight_kinds
 
 WHOLE: Final = slice(None)
-_NUMBER: Final = re.compile(r"\.\d+\.")
 
 
 def check_sharing(model: ModelConfig, world: int, *, weight_dtype: str = "auto") -> None:
@@ -25,9 +23,7 @@ def check_sharing(model: ModelConfig, world: int, *, weight_dtype: str = "auto")
     Raises:
         ConfigError: They cannot; the text has the numbers and the sizes that work.
     """
-    problem = sharing_problem(model, world) or _vocabulary_problem(model, world)
-    if problem is None and weight_dtype == "int4":
-        problem = _group_problem(model, world)
+    problem = _problem(model, world, weight_dtype)
     if problem is not None:
         sizes = ", ".join(map(str, working_sizes(model, weight_dtype=weight_dtype)))
         raise ConfigError(f"{problem}; sizes that work: {sizes}")
@@ -38,9 +34,7 @@ def working_sizes(model: ModelConfig, *, weight_dtype: str = "auto") -> list[int
     return [
         world
         for world in range(1, model.n_kv_heads + 1)
-        if sharing_problem(model, world) is None
-        and _vocabulary_problem(model, world) is None
-        and (weight_dtype != "int4" or _group_problem(model, world) is None)
+        if _problem(model, world, weight_dtype) is None
     ]
 
 
@@ -52,7 +46,8 @@ def share_of(model: ModelConfig, shard: Shard) -> ModelConfig:
     Raises:
         ConfigError: So many ranks cannot share the model.
     """
-    check_sharing(model, shard.world)
+    # The form of the weights does not matter here, and only that of int8 has no say in the sizes.
+    check_sharing(model, shard.world, weight_dtype="int8")
     return replace(
         model,
         n_heads=model.n_heads // shard.world,
@@ -79,7 +74,7 @@ class WeightCuts:
 
     def of(self, name: str, shape: tuple[int, ...]) -> tuple[slice, slice]:
         """Return the rows and the columns of the weight ``name`` of the whole ``shape``."""
-        axis = self._axes[_NUMBER.sub(".0.", name)]
+        axis = self._axes[kind_name(name)]
         if axis is None or self._shard.world == 1:
             return WHOLE, WHOLE
         part = part_of(shape[axis], self._shard)
@@ -89,6 +84,12 @@ class WeightCuts:
         """Return the shape of the rank's part of the weight ``name`` of the whole ``shape``."""
         cuts = self.of(name, shape)
         return tuple(len(range(size)[cut]) for size, cut in zip(shape, cuts, strict=False))
+
+
+def _problem(model: ModelConfig, world: int, weight_dtype: str) -> str | None:
+    problem = sharing_problem(model, world) or _vocabulary_problem(model, world)
+    has_groups = weight_dtype == "int4" or (weight_dtype == "auto" and model.packed is not None)
+    return _group_problem(model, world) if problem is None and has_groups else problem
 
 
 def _vocabulary_problem(model: ModelConfig, world: int) -> str | None:
@@ -108,6 +109,6 @@ def _group_problem(model: ModelConfig, world: int) -> str | None:
         if world > 1 and size // world % INT4_GROUP:
             return (
                 f"tp={world}: {name}={size} is {size // world} inputs a rank, no multiple of "
-                f"the {INT4_GROUP} that share a scale in weight_dtype=int4"
+                f"the {INT4_GROUP} that share a scale in int4"
             )
     return None

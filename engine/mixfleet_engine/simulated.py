@@ -81,9 +81,23 @@ class _Script:
         return SampledToken(token_id, found)
 
 
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Implements :class:`~mixfleet_engine.launch.Launch`: takes its time."""
+
+    tokens: list[SampledToken]
+    duration_s: float
+    sleep: Callable[[float], None]
+
+    def read(self) -> list[SampledToken]:
+        if self.duration_s > 0:
+            self.sleep(self.duration_s)
+        return self.tokens
+
+
 @dataclass(slots=True)
 class _ScriptReader:
-    """The runner: takes its time and reads the tokens from the scripts."""
+    """The runner: reads the tokens from the scripts."""
 
     num_blocks: int
     block_size: int
@@ -93,8 +107,8 @@ class _ScriptReader:
     scripts: dict[str, _Script] = field(default_factory=dict)
     """By request id; the engine adds and removes them."""
 
-    def run(self, plan: StepPlan) -> list[SampledToken]:
-        # First the tokens: a request may be aborted while this sleeps.
+    def launch(self, plan: StepPlan) -> _Reading:
+        # Now: a request may be aborted before its tokens are read.
         sampled = [
             self.scripts[chunk.request_id].sampled(
                 chunk.position, chunk.sampling.logprobs, chunk.grammar
@@ -102,9 +116,7 @@ class _ScriptReader:
             for chunk in plan.chunks
             if chunk.samples
         ]
-        if (duration_s := self.step_s + self.token_s * plan.num_tokens) > 0:
-            self.sleep(duration_s)
-        return sampled
+        return _Reading(sampled, self.step_s + self.token_s * plan.num_tokens, self.sleep)
 
 
 class SimulatedEngine(Engine):
@@ -128,6 +140,8 @@ class SimulatedEngine(Engine):
         itl_target_s: Seconds that a step with decodes should take at most; it bounds the prefill
             in it.
         clock: Seconds; deadlines are on this clock.
+        pipelined: Whether each step begins before the tokens of the one before are read, as on a
+            GPU. It takes no less time for that.
         tokenizer: Of ``token_ids``, for requests with a grammar; None: these are refused. Their
             answers are random, but follow it.
 
@@ -152,6 +166,7 @@ class SimulatedEngine(Engine):
         prefix_cache: bool = True,
         itl_target_s: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
+        pipelined: bool = False,
         tokenizer: Tokenizer | None = None,
     ) -> None:
         _check(token_ids, answer_lengths, step_s=step_s, token_s=token_s, block_size=block_size)
@@ -175,7 +190,7 @@ class SimulatedEngine(Engine):
         self._reader = _ScriptReader(scheduler.num_blocks, block_size, step_s, token_s, sleep)
         self._token_ids = token_ids
         self._answer_lengths = answer_lengths
-        super().__init__(self._reader, scheduler, clock=clock)
+        super().__init__(self._reader, scheduler, clock=clock, pipelined=pipelined)
 
     def submit(self, request: GenerateRequest) -> None:
         """Queue ``request``; it joins at the next step that has room and no better use for it.

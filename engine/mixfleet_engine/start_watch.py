@@ -29,7 +29,8 @@ class Stage(IntEnum):
     RENDEZVOUS = 1
     OPENING = 2
     LOADING = 3
-    READY = 4
+    LOADED = 4
+    READY = 5
 
     @property
     def words(self) -> str:
@@ -42,6 +43,7 @@ _WORDS: Final = {
     Stage.RENDEZVOUS: "rendezvous",
     Stage.OPENING: "opening checkpoint",
     Stage.LOADING: "loading weights",
+    Stage.LOADED: "making the KV cache",
     Stage.READY: "ready",
 }
 

@@ -14,6 +14,8 @@ from mixfleet_engine.request import SamplingParams, TokenLogprobs
 
 NO_TOKEN: Final = -1
 """What a runner samples for a chunk whose logits are not finite."""
+UNREAD: Final = -2
+"""Stands in a chunk for a token that the launch before samples, and only the device knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,8 @@ class PlannedChunk:
 
     request_id: str
     token_ids: tuple[int, ...]
-    """Tokens to run through the model in this step, at least one."""
+    """Tokens to run through the model in this step, at least one. ``(UNREAD,)`` where the one token
+    is still being sampled."""
     start: int
     """Position of the first of them in the sequence: so many tokens are in the KV cache already."""
     block_table: tuple[int, ...]
@@ -49,12 +52,17 @@ class PlannedChunk:
     """Whether a token is sampled after the last one; False inside a chunked prefill."""
     sampling: SamplingParams
     history: TokenHistory
-    """The request's tokens up to the one to be sampled: what the penalties count."""
+    """The request's tokens up to the one to be sampled, but for an unread one: what the penalties
+    count. It grows when the launch before is booked."""
     position: int
     """Number of answer tokens before the sampled one, 0 for the first. It goes with the seed, and
     means nothing where the chunk does not sample."""
     grammar: GrammarState | None = None
     """Which tokens may be sampled; None: any."""
+    unread_row: int | None = None
+    """Which of the tokens that the launch before samples, counted from 0, is this chunk's unread
+    one. If it turns out to be ``NO_TOKEN``, any token will do: nobody reads what comes of it. None:
+    ``token_ids`` are known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

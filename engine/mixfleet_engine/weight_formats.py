@@ -12,13 +12,16 @@ from typing import Final, Literal
 
 from mixfleet_engine.config import ModelConfig
 from mixfleet_engine.errors import ConfigError
+from mixfleet_engine.packed_format import OWN_GROUP, PackedFormat
 
 WeightFormat = Literal["plain", "fp8", "int8", "int4"]
 
-INT4_GROUP: Final = 128
+INT4_GROUP: Final = OWN_GROUP
 """Neighbours in a row of an int4 matrix that share a scale."""
 SCALE_BYTES: Final = 4
-"""One fp32 scale: per output row of fp8 and int8, per group of int4. Zero is always at zero."""
+"""One fp32 scale: per output row of fp8 and int8, per group of int4."""
+ZERO_BYTES: Final = 4
+"""One fp32 zero point per group of int4, if it comes from a checkpoint that has them."""
 
 PLAIN_BYTES: Final[Mapping[str, int]] = MappingProxyType(
     {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 2, "int8": 2, "int4": 2}
@@ -37,6 +40,8 @@ _PARTS: Final = (
 )
 """The matrices that may be quantised. Embedding, norms and routers never are: the first is only
 looked up, the others are small, and a router's rounding would change the choice of experts."""
+
+_NUMBER: Final = re.compile(r"\.\d+\.")
 
 _FORMATS: Final[Mapping[str, Mapping[str, WeightFormat]]] = MappingProxyType(
     {
@@ -83,6 +88,13 @@ def stored_bytes(weight_name: str, shape: tuple[int, ...], weight_dtype: str) ->
             return count + shape[0] * SCALE_BYTES
 
 
+def packed_bytes(shape: tuple[int, ...], packed: PackedFormat) -> int:
+    """Return the bytes of one matrix of an AWQ or GPTQ checkpoint that is run as it is."""
+    rows, columns = shape
+    per_group = SCALE_BYTES + (ZERO_BYTES if packed.has_zeros else 0)
+    return -(-rows * columns // 2) + rows * -(-columns // INT4_GROUP) * per_group
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightKind:
     """Weights of one kind, all of one shape: the ``wq`` of all layers, say."""
@@ -102,6 +114,11 @@ class WeightKind:
         shares = list(self.shape)
         shares[self.split] = -(-shares[self.split] // tp)
         return tuple(shares)
+
+
+def kind_name(weight_name: str) -> str:
+    """Return the name of the kind that a weight belongs to: of the first of them."""
+    return _NUMBER.sub(".0.", weight_name)
 
 
 def weight_kinds(model: ModelConfig) -> tuple[WeightKind, ...]:

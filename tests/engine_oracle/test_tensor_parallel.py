@@ -125,4 +125,5 @@ def test_plans_of_any_length_arrive(probes: list[dict[str, Any]]) -> None:
 
 def test_the_lowest_number_wins_and_the_end_is_no_words(probes: list[dict[str, Any]]) -> None:
     assert [probe["lowest"] for probe in probes] == [98, 98, 98]
+    assert [probe["lowest_loaded"] for probe in probes] == [48, 48, 48]
     assert [probe.get("end") for probe in probes] == [None, [], []]

@@ -44,6 +44,14 @@ def test_the_key_is_asked_for_everywhere_and_jobs_are_their_owners(
     assert refused(403, stranger.submit, prompt_input="x")["code"] == "model_not_allowed"
     assert aime.get("/api/validate_key", key=secret) == {"success": True, "error": None}
     refused(401, aime.get, "/api/validate_key", key="nonsense")
+    # AIME's JavaScript client hands `false`, which should have made it a GET, over as the body.
+    for body in (b"false", b"null"):
+        good = send("POST", gateway, f"/api/validate_key?key={secret}", data=body)
+        assert (good.status_code, good.json()) == (200, {"success": True, "error": None})
+        bad = send("POST", gateway, "/api/validate_key?key=nonsense", data=body)
+        assert (bad.status_code, bad.json()["code"]) == (401, "invalid_api_key")
+    none = send("POST", gateway, f"/api/validate_key?key={secret}", data=b"[]")
+    assert (none.status_code, none.json()["code"]) == (400, "invalid_json")
     assert aime.get("/api/endpoints", key=bound)["endpoints"] == []
     assert aime.get("/api/endpoints", key=secret)["endpoints"] == [MODEL]
 

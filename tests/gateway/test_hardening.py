@@ -284,7 +284,9 @@ def test_headers_of_100_kib_are_refused(gateway: GatewayProcess, header: bytes) 
     num = 100_000 // len(header) + 1
     request = b"GET /livez HTTP/1.1\r\nhost: localhost\r\n" + header * num + b"\r\n"
     for pieces in ([request], [request[i : i + 1000] for i in range(0, len(request), 1000)]):
-        assert exchange(gateway.port, *pieces).statuses == [431]
+        answer = exchange(gateway.port, *pieces)
+        assert answer.statuses == [431]
+        assert check_error(json.loads(answer.body))["code"] == "headers_too_large"
 
 
 def test_a_long_url_is_refused(gateway: GatewayProcess) -> None:
@@ -308,7 +310,10 @@ def test_two_lengths_are_refused(gateway: GatewayProcess) -> None:
     "junk", [b"\x00\x01\x02\r\n\r\n", b"GET\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", b"G" * 200_000]
 )
 def test_bytes_that_are_not_http_are_refused(gateway: GatewayProcess, junk: bytes) -> None:
-    assert exchange(gateway.port, junk).status in (400, 431)
+    answer = exchange(gateway.port, junk)
+    assert answer.statuses in ([400], [431])
+    assert b"\r\ncontent-type: application/json\r\n" in answer.data
+    assert check_error(json.loads(answer.body))["code"] in ("invalid_http", "headers_too_large")
 
 
 def test_requests_one_after_the_other_in_one_piece_are_answered_in_order(
@@ -433,6 +438,8 @@ def test_a_connection_that_says_a_byte_at_a_time_is_closed(
             dripping.join()
     assert data.startswith(b"HTTP/1.1 408 ")
     assert data.count(b"HTTP/1.1") == 1
+    error = check_error(json.loads(data.partition(b"\r\n\r\n")[2]))
+    assert (error["code"], error["details"]) == ("request_timeout", {"limit_s": REQUEST_S})
     assert REQUEST_S * 0.9 < time.monotonic() - begun < REQUEST_S + 5.0
     with hurried.client() as client:
         assert client.get("/livez").status_code == 200

@@ -11,6 +11,7 @@ import httpx2
 import pytest
 from redis import Redis
 
+from support.answer_worker import AnswerWorker
 from support.echo_worker import EchoWorker
 from support.gateway import GatewayProcess
 from support.key_command import make_key, mixfleet
@@ -112,6 +113,28 @@ def test_a_key_opens_its_scopes_models_and_priorities_only(
     unknown = error_of(ask(gateway, admin, model="nobody"), 404)
     assert unknown["code"] == "model_not_found"
     assert MODEL in unknown["message"]
+
+
+@pytest.mark.slow
+def test_counting_tokens_is_a_request_of_its_key(gateway: GatewayProcess, redis_url: str) -> None:
+    made = make_key(redis_url, "--rpm", "3", "--tpm", "5", "--parallel", "1")
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("/tokenize", {"model": MODEL, "prompt": "a text of more than five tokens"}),
+        ("/detokenize", {"model": MODEL, "tokens": [1, 2, 3]}),
+        ("/v1/messages/count_tokens", body()),
+    ]
+    del asked[2][1]["max_tokens"]
+    with AnswerWorker(redis_url), gateway.client(made["secret"]) as client:
+        for left, (path, content) in zip((2, 1, 0), asked, strict=True):
+            answer = client.post(path, json=content)
+            assert answer.status_code == 200, answer.text
+            assert answer.headers["x-ratelimit-remaining-requests"] == str(left)
+        refused = client.post(asked[0][0], json=asked[0][1])
+        error = error_of(refused, 429)
+        assert (error["code"], error["details"]["name"]) == ("rate_limited", "requests")
+        assert int(refused.headers["retry-after"]) >= 1
+    remaining = used(redis_url, made["key_id"])
+    assert (remaining["tokens"], remaining["jobs"]) == (5, 1)
 
 
 @pytest.mark.slow

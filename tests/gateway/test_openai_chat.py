@@ -10,7 +10,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletio
 
 from support.gateway import GatewayProcess
 from support.openai_client import async_openai_client
-from support.openai_fleet import CONTEXT_LENGTH, MODEL
+from support.openai_fleet import CONTEXT_LENGTH, END_ID, MODEL
 from support.openai_fleet import client as client
 from support.openai_fleet import fleet as fleet
 
@@ -130,6 +130,17 @@ def test_log_probabilities_are_of_each_token(client: OpenAI) -> None:
         for entry in chunk.choices[0].logprobs.content or ()
     ]
     assert streamed == [entry.bytes for entry in logprobs.content]
+
+
+def test_the_token_that_ends_an_answer_has_no_log_probability(client: OpenAI) -> None:
+    asked: dict[str, Any] = {**GREEDY, "max_tokens": 6, "logprobs": True, "top_logprobs": 2}
+    asked["logit_bias"] = {str(END_ID): 100}
+    answer = whole(client, **asked)
+    assert answer.usage is not None
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("stop", 1)
+    assert answer.choices[0].logprobs is not None
+    assert answer.choices[0].logprobs.content == []
+    assert [c.choices[0].logprobs for c in chunks(client, **asked)] == [None, None]
 
 
 def test_a_bias_makes_a_token_certain(client: OpenAI) -> None:

@@ -11,7 +11,7 @@ from openai.types import Completion
 
 from support.gateway import GatewayProcess
 from support.openai_client import async_openai_client
-from support.openai_fleet import CONTEXT_LENGTH, MODEL
+from support.openai_fleet import CONTEXT_LENGTH, END_ID, MODEL
 from support.openai_fleet import client as client
 from support.openai_fleet import fleet as fleet
 
@@ -142,6 +142,16 @@ def test_log_probabilities_are_lists_side_by_side(client: OpenAI) -> None:
     lists = [c.choices[0].logprobs for c in chunks]
     assert [t for one in lists if one for t in one.tokens or ()] == found.tokens
     assert [o for one in lists if one for o in one.text_offset or ()] == found.text_offset
+
+
+def test_the_token_that_ends_a_text_has_no_log_probability(client: OpenAI) -> None:
+    asked: dict[str, Any] = {"prompt": PROMPT, "logprobs": 2, "logit_bias": {str(END_ID): 100}}
+    answer = whole(client, **asked)
+    assert answer.usage is not None
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("stop", 1)
+    assert answer.choices[0].logprobs is not None
+    assert answer.choices[0].logprobs.tokens == []
+    assert [c.choices[0].logprobs for c in streamed(client, **asked)] == [None]
 
 
 @pytest.mark.parametrize(

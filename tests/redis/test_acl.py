@@ -375,12 +375,12 @@ def test_a_gateway_keeps_responses_and_nobody_else_sees_them(
     )
     gateway = connected(f"{team}gateway")
     create_response(gateway, record, 60, prefix=prefix)
-    assert end_response(gateway, record, {}, 60, prefix=prefix)
+    assert end_response(gateway, record, {}, 60, 60, prefix=prefix)
     for name in ("client", "worker", "keys"):
         user = connected(f"{team}{name}")
         assert refused(partial(find_response, user, "j1", prefix=prefix))
-        assert refused(partial(delete_response, user, "j1", prefix=prefix))
-    assert delete_response(gateway, "j1", prefix=prefix)
+        assert refused(partial(delete_response, user, "j1", 60, prefix=prefix))
+    assert delete_response(gateway, "j1", 60, prefix=prefix)
 
 
 @pytest.mark.parametrize("prefix", ["", PREFIX])

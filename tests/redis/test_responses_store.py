@@ -41,16 +41,16 @@ def test_a_repeated_request_finds_the_first_record(redis: Redis) -> None:
 
 def test_an_end_is_kept_from_then_on(redis: Redis) -> None:
     create_response(redis, RECORD, 5)
-    assert end_response(redis, RECORD, FINAL, 60)
+    assert end_response(redis, RECORD, FINAL, 60, 60)
     assert find_response(redis, "j1") == replace(RECORD, final=FINAL)
     assert int(redis.pttl(RESPONSE("j1"))) > 5_000
 
 
 def test_a_deleted_record_does_not_come_back_with_its_end(redis: Redis) -> None:
     create_response(redis, RECORD, 60)
-    assert delete_response(redis, "j1")
-    assert not delete_response(redis, "j1")
-    assert not end_response(redis, RECORD, FINAL, 60)
+    assert delete_response(redis, "j1", 60)
+    assert not delete_response(redis, "j1", 60)
+    assert not end_response(redis, RECORD, FINAL, 60, 60)
     assert find_response(redis, "j1") is None
 
 

@@ -6,7 +6,8 @@ compiled down to machine code by Triton and NVIDIA's assembler, and none runs::
 
     python -m support.compiling 90 kernels.launches_norm:launches
 
-It prints a JSON line per kernel: name, shared memory in bytes, registers, bytes spilled.
+It prints a JSON line per kernel: name, shared memory in bytes, registers, bytes spilled, and by
+which instruction it multiplies matrices.
 """
 
 import importlib
@@ -23,6 +24,10 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+
+
+PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
+"""Matrix instructions, those of the newer devices first."""
 
 
 class AbsentGpu:
@@ -82,7 +87,7 @@ def resources(kernel: Any) -> dict[str, Any]:
         "shared": kernel.metadata.shared,
         "registers": int(registers[1]),
         "spilled": int(spilled[1]),
-        "tensor_cores": "wgmma" in kernel.asm["ptx"] or "mma.sync" in kernel.asm["ptx"],
+        "product": next((name for name in PRODUCTS if name in kernel.asm["ptx"]), None),
     }
 
 

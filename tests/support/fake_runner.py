@@ -1,5 +1,7 @@
 """A runner without a model, that holds the scheduler to every promise a plan makes.
 
+Like a device it runs launches in order, each before the tokens of the one before are read or not.
+
 Its KV cache holds the tokens themselves, in blocks. The next token hangs on *all* tokens read back
 from those blocks, so one lost, stale or foreign token changes the answer. Blocks may be shared, but
 only where what they hold is right for each reader, down to the last token before.
@@ -7,10 +9,11 @@ only where what they hold is right for each reader, down to the last token befor
 
 import zlib
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from mixfleet_engine.request import FinishReason, GenerateRequest, SamplingParams
-from mixfleet_engine.step import NO_TOKEN, PlannedChunk, SampledToken, StepPlan
+from mixfleet_engine.step import NO_TOKEN, UNREAD, PlannedChunk, SampledToken, StepPlan
 
 
 def fake_token(token_ids: list[int], sampling: SamplingParams, position: int, vocab: int) -> int:
@@ -59,33 +62,80 @@ class FakeRunner:
     poison: Collection[int] = ()
     """Tokens whose keys and values are not finite: whoever has one in a block gets no token."""
     failures: int = 0
-    """So many coming steps fail after they have written half of their chunks."""
+    """So many coming launches fail after they have written half of their chunks."""
+    failing_reads: int = 0
+    """So many coming reads fail."""
     during_run: Callable[[StepPlan], None] = lambda _: None
-    """Called within each run, between plan and commit."""
+    """Called within each read, between plan and commit."""
     plans: list[StepPlan] = field(default_factory=list)
-    """Every plan that ran to its end."""
+    """Every plan that ran to its end, in the order of their reads."""
+    calls: list[tuple[Literal["launch", "read"], int]] = field(default_factory=list)
+    """All launches and reads in order, each with the number of its launch, counted from 0."""
+    num_launches: int = 0
+    """Launches so far, failed ones included."""
 
     def __post_init__(self) -> None:
         self._cells: list[list[Cell | None]] = [
             [None] * self.block_size for _ in range(self.num_blocks)
         ]
-        self._num_cached: dict[str, int] = {}
+        self._num_launched: dict[str, int] = {}
+        """Tokens of a request that launches have written."""
+        self._num_read: dict[str, int] = {}
+        """The same of launches that were read."""
+        self._last: list[SampledToken] = []
+        self._unread: list[FakeLaunch] = []
 
-    def run(self, plan: StepPlan) -> list[SampledToken]:
+    def launch(self, plan: StepPlan) -> "FakeLaunch":
+        self.calls.append(("launch", self.num_launches))
+        self.num_launches += 1
+        assert len(self._unread) < 2, "more than one launch ahead"
         self._check_plan(plan)
+        chunks = [self._known(chunk) for chunk in plan.chunks]
+        for chunk in chunks:
+            self._check_chunk(chunk)
         for block in plan.clear_blocks:
             self._cells[block] = [None] * self.block_size
-        num_good = len(plan.chunks) // 2 if self.failures else len(plan.chunks)
-        for chunk in plan.chunks[:num_good]:
+        num_good = len(chunks) // 2 if self.failures else len(chunks)
+        for chunk in chunks[:num_good]:
             self._write(chunk)
-        self.during_run(plan)
         if self.failures:
             self.failures -= 1
-            raise RuntimeError("the fake device is lost")
-        self.plans.append(plan)
-        for chunk in plan.chunks:
-            self._num_cached[chunk.request_id] = chunk.start + len(chunk.token_ids)
-        return [SampledToken(self._sample(chunk)) for chunk in plan.chunks if chunk.samples]
+            raise self._lost()
+        for chunk in chunks:
+            self._num_launched[chunk.request_id] = chunk.start + len(chunk.token_ids)
+        self._last = [SampledToken(self._sample(chunk)) for chunk in chunks if chunk.samples]
+        launched = FakeLaunch(self, plan, self.num_launches - 1, self._last)
+        self._unread.append(launched)
+        return launched
+
+    def read(self, launched: "FakeLaunch") -> list[SampledToken]:
+        """Called by the launch."""
+        self.calls.append(("read", launched.number))
+        assert self._unread[:1] == [launched], "read out of turn"
+        self.during_run(launched.plan)
+        if self.failing_reads:
+            self.failing_reads -= 1
+            raise self._lost()
+        self._unread.pop(0)
+        self.plans.append(launched.plan)
+        for chunk in launched.plan.chunks:
+            self._num_read[chunk.request_id] = chunk.start + len(chunk.token_ids)
+        return launched.tokens
+
+    def _lost(self) -> RuntimeError:
+        self._unread.clear()
+        self._last = []
+        self._num_launched = dict(self._num_read)
+        return RuntimeError("the fake device is lost")
+
+    def _known(self, chunk: PlannedChunk) -> PlannedChunk:
+        """The chunk with its unread token, which for the fake is there already."""
+        assert (chunk.unread_row is not None) == (UNREAD in chunk.token_ids)
+        if chunk.unread_row is None:
+            return chunk
+        assert chunk.token_ids == (UNREAD,)
+        assert self._unread, "the token was read"
+        return replace(chunk, token_ids=(max(0, self._last[chunk.unread_row].token_id),))
 
     def _check_plan(self, plan: StepPlan) -> None:
         assert plan.chunks, "an empty plan was run"
@@ -98,8 +148,6 @@ class FakeRunner:
         assert len(set(written)) == len(written), "a block is written by two"
         assert not set(written) & set(read), "a block is read that is not computed yet"
         assert not set(plan.clear_blocks) & set(read), "a block is cleared that is needed"
-        for chunk in plan.chunks:
-            self._check_chunk(chunk)
 
     def _check_chunk(self, chunk: PlannedChunk) -> None:
         assert chunk.token_ids
@@ -108,10 +156,14 @@ class FakeRunner:
         assert len(set(chunk.block_table)) == len(chunk.block_table)
         assert all(0 <= block < self.num_blocks for block in chunk.block_table)
         # Either it goes on where the last step left it, or behind the full blocks that were found.
-        goes_on = chunk.start == self._num_cached.get(chunk.request_id, 0)
+        goes_on = chunk.start == self._num_launched.get(chunk.request_id, 0)
         assert goes_on or chunk.start % self.block_size == 0
-        assert not chunk.samples or 0 <= chunk.position < num_tokens
-        wanted = chunk.history.token_ids
+        wanted = list(chunk.history.token_ids)
+        if chunk.unread_row is not None:
+            assert chunk.grammar is None
+            assert not chunk.sampling.counts_tokens
+            wanted += chunk.token_ids
+        assert not chunk.samples or chunk.position == num_tokens - chunk.history.num_prompt
         assert list(chunk.token_ids) == wanted[chunk.start : num_tokens]
         assert chunk.samples == (num_tokens == len(wanted))
         assert self._read(chunk, chunk.start) == wanted[: chunk.start], "foreign tokens were found"
@@ -149,6 +201,19 @@ class FakeRunner:
         if any(cell is not None and cell.token_id in self.poison for cell in cells):
             return NO_TOKEN
         return fake_token(token_ids, chunk.sampling, chunk.position, self.vocab_size)
+
+
+@dataclass(frozen=True)
+class FakeLaunch:
+    """Implements the engine's ``Launch``."""
+
+    runner: FakeRunner
+    plan: StepPlan
+    number: int
+    tokens: list[SampledToken]
+
+    def read(self) -> list[SampledToken]:
+        return self.runner.read(self)
 
 
 def _digest(origin: int, token_ids: list[int]) -> int:

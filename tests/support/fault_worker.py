@@ -29,7 +29,8 @@ from mixfleet_broker.job_codec import (
 )
 from mixfleet_broker.queue import JobQueue
 from mixfleet_engine.engine import Engine, Runner
-from mixfleet_engine.step import SampledToken, StepPlan
+from mixfleet_engine.launch import Launch
+from mixfleet_engine.step import StepPlan
 from mixfleet_worker.cli import worker
 from mixfleet_worker.handoff import EndWrite, TakenJob, Write
 from mixfleet_worker.intake import Intake
@@ -126,11 +127,11 @@ class FaultyRunner:
     def block_size(self) -> int:
         return self._runner.block_size
 
-    def run(self, plan: StepPlan) -> list[SampledToken]:
+    def launch(self, plan: StepPlan) -> Launch:
         begins = any(chunk.position == 0 or not chunk.samples for chunk in plan.chunks)
         self._stepper.reach("in-prefill" if begins else "in-decode")
         self._marked.meet(plan)
-        return self._runner.run(plan)
+        return self._runner.launch(plan)
 
 
 def die() -> None:

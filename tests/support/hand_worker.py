@@ -64,6 +64,10 @@ class HandWorker:
         done = JobEnd(state="finished", finish_reason="stop", usage=usage)
         self._queue.finish(claimed.lease, end or done)
 
+    def cancel(self, claimed: ClaimedJob) -> None:
+        """End a job as its client would."""
+        self._queue.cancel(claimed.lease.job_id, "not wanted")
+
     def __enter__(self) -> Self:
         self._registration.beat(state="idle", in_flight=0)
         return self

@@ -16,6 +16,8 @@ from support.worker_process import WorkerProcess
 
 MODEL = "tiny"
 CONTEXT_LENGTH = 256
+END_ID = 2
+"""Of the token that ends an answer."""
 
 
 @contextmanager

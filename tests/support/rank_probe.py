@@ -55,6 +55,7 @@ def probe(ranks: Ranks) -> dict[str, object]:
         "narrow_dtype": str(narrow.dtype),
         "logits": ranks.gather_columns(logits(rank, world), VOCAB).tolist(),
         "lowest": ranks.lowest(100 - rank),
+        "lowest_loaded": ranks.lowest(50 - rank, is_loaded=True),
         "received": received,
     }
 

@@ -35,6 +35,7 @@ MODEL_SETTINGS = (
     "itl_target_s",
     "dtype",
     "weight_dtype",
+    "kv_dtype",
     "device",
     "backend",
     "threads",

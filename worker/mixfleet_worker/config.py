@@ -11,7 +11,7 @@ from typing import cast
 from mixfleet_broker.errors import ConfigError
 from mixfleet_broker.settings import Settings
 from mixfleet_broker.terms import QueueRules
-from mixfleet_engine.config import Backend, EngineConfig, ModelConfig, WeightDtype
+from mixfleet_engine.config import Backend, EngineConfig, KvDtype, ModelConfig, WeightDtype
 from mixfleet_engine.sharding import check_sharing
 
 BYTES_PER_GIB = 1 << 30
@@ -78,6 +78,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         context_length=settings.context_length,
         dtype=settings.dtype,
         weight_dtype=cast("WeightDtype", settings.weight_dtype),
+        kv_dtype=cast("KvDtype", settings.kv_dtype),
         prefix_cache=settings.prefix_cache,
         itl_target_s=settings.itl_target_s,
         device=settings.device,

@@ -16,6 +16,7 @@ from mixfleet_engine.plan import (
     auto_batch_size,
     kv_bytes_per_token,
     num_parameters,
+    packed_dtype,
     sharing_problem,
     weight_bytes,
 )
@@ -88,15 +89,21 @@ def fit_report(
     rows = fit_table(
         model,
         machines,
-        weight_dtypes=(weight_dtype,) if weight_dtype else _TABLE_WEIGHTS,
+        weight_dtypes=(weight_dtype,) if weight_dtype else _own_first(model, _TABLE_WEIGHTS),
         kv_dtypes=_KV_DTYPES,
         contexts=contexts,
     )
     verdict = None
     if here and shared:
-        chosen = weight_dtype or here.dtype
+        chosen = weight_dtype or packed_dtype(model) or here.dtype
         verdict = _verdict(model, shared, chosen, here.dtype, context or model.context_length)
     return FitReport(name=name, model=model, contexts=contexts, rows=tuple(rows), verdict=verdict)
+
+
+def _own_first(model: ModelConfig, weight_dtypes: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the weight dtypes with the packed form of the model's own checkpoint in front."""
+    packed = packed_dtype(model)
+    return (packed, *weight_dtypes) if packed else weight_dtypes
 
 
 def _shared(model: ModelConfig, machine: Machine) -> Machine:
@@ -125,7 +132,9 @@ def as_json(report: FitReport) -> dict[str, Any]:
         "model": report.name,
         "num_parameters": num_parameters(model),
         "context_length": model.context_length,
-        "weight_bytes": {dtype: weight_bytes(model, dtype) for dtype in _SHOWN_WEIGHTS},
+        "weight_bytes": {
+            dtype: weight_bytes(model, dtype) for dtype in _own_first(model, _SHOWN_WEIGHTS)
+        },
         "kv_bytes_per_token": {dtype: kv_bytes_per_token(model, dtype) for dtype in _KV_DTYPES},
         "table": [_row_json(row, report.contexts) for row in report.rows],
         "here": report.verdict and _verdict_json(report.verdict),
@@ -178,7 +187,7 @@ def print_report(report: FitReport, console: Console) -> None:
     )
     weights = Table("weights", box=None, pad_edge=False, header_style="bold")
     weights.add_column("GiB", justify="right")
-    for dtype in _SHOWN_WEIGHTS:
+    for dtype in _own_first(model, _SHOWN_WEIGHTS):
         weights.add_row(dtype, f"{weight_bytes(model, dtype) / _GIB:.2f}")
     console.print(weights)
     sizes = (f"{_kib(kv_bytes_per_token(model, dtype))} in {dtype}" for dtype in _KV_DTYPES)
@@ -186,7 +195,7 @@ def print_report(report: FitReport, console: Console) -> None:
     shown = [length for length in report.contexts if length <= model.context_length]
     if shown:
         console.print("Full sequences that fit at the same time, by KV dtype and context;")
-        console.print("no: the model itself does not fit. No back-end has an fp8 KV cache yet.\n")
+        console.print("no: the model itself does not fit. fp8 KV cache is --kv-dtype fp8.\n")
         console.print(_table(report, len(shown)))
     for length in report.contexts[len(shown) :]:
         console.print(f"{_tokens(length)}: longer than the model's context")

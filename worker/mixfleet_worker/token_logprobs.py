@@ -25,6 +25,7 @@ def wire_logprobs(
             token=_named(tokenizer, token_id),
             logprob=_bounded(one.logprob),
             top=tuple((_named(tokenizer, other), _bounded(value)) for other, value in one.top),
+            is_control=_is_control(tokenizer, token_id),
         )
         for token_id, one in zip(token_ids, found, strict=True)
     )
@@ -36,10 +37,13 @@ def _named(tokenizer: Tokenizer, token_id: int) -> bytes:
     A control token adds nothing to the text and goes by its name, ``</s>``: among the most likely
     tokens an empty one would tell nobody that the model was about to end.
     """
-    own = tokenizer.token_bytes(token_id)
-    if not own and token_id in tokenizer.control_ids:
+    if _is_control(tokenizer, token_id):
         return tokenizer.id_to_piece(token_id).encode()
-    return own
+    return tokenizer.token_bytes(token_id)
+
+
+def _is_control(tokenizer: Tokenizer, token_id: int) -> bool:
+    return token_id in tokenizer.control_ids and not tokenizer.token_bytes(token_id)
 
 
 def _bounded(logprob: float) -> float:

@@ -19,6 +19,7 @@ from mixfleet_broker.gateway.aime_shapes import error_body
 from mixfleet_broker.gateway.api_errors import ApiError, as_api_error
 
 _OF_ALL: Final = frozenset({"GET", "POST"})
+_OF_NO_ENDPOINT: Final = (["api", "validate_key"], ["api", "endpoints"])
 
 
 class AimeRoutes:
@@ -40,10 +41,20 @@ class AimeRoutes:
         await (response or self._otherwise)(scope, receive, send)
 
 
+def is_aime(path: str) -> bool:
+    """Whether a path, unless a route of ours has it, would be AIME's if its endpoint is known."""
+    parts = _parts(path)
+    return parts in _OF_NO_ENDPOINT or bool(_name_and_action(parts)[0])
+
+
+def _parts(path: str) -> list[str]:
+    return path.strip("/").split("/")
+
+
 async def _response(aime: Aime, request: Request) -> Response | None:
     """Return what a request is answered with; None where its path is not AIME's."""
-    parts = request.scope["path"].strip("/").split("/")
-    if parts in (["api", "validate_key"], ["api", "endpoints"]):
+    parts = _parts(request.scope["path"])
+    if parts in _OF_NO_ENDPOINT:
         work = aime.validate_key if parts[1] == "validate_key" else aime.names
         return await _answered(None, _of_all(request, work))
     name, action = _name_and_action(parts)
@@ -103,6 +114,9 @@ async def _parameters(request: Request) -> tuple[dict[str, Any], bool]:
         raise ApiError(
             400, f"the body is no JSON: {str(error)[:100]}", code="invalid_json"
         ) from None
+    if body is False or body is None:
+        # AIME's JavaScript client asks if a key is good by a POST of `false`, with a query.
+        return dict(request.query_params), True
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
     return body, False

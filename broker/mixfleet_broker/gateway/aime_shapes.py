@@ -105,12 +105,16 @@ def _times(row: JobRow, num_tokens: int) -> dict[str, float | None]:
     # Of a job that was begun more than once only the last run's time is known, and not its tokens.
     is_whole = row.attempt == 1 and compute_s
     return {
+        # AIME's order: submitted, given to a worker, arrived there, finished, sent, received. Here
+        # a worker takes a job and begins it in one step, and ends it with its result in another.
         "start_time": row.submitted_at,
-        "arrival_time": row.submitted_at,
         "start_time_compute": row.started_at,
+        "arrival_time": row.started_at,
         "finished_time": row.ended_at,
+        "result_sent_time": row.ended_at,
         "result_received_time": row.ended_at,
-        "pending_duration": queue_s,
+        # Of the time in the worker, in which nothing waits.
+        "pending_duration": None if compute_s is None else 0.0,
         "compute_duration": compute_s,
         "total_duration": _between(row.submitted_at, row.ended_at),
         "queue_s": queue_s,
@@ -132,7 +136,8 @@ def progress_body(endpoint: Endpoint, row: JobRow, info: JobInfo, answer: Text) 
         "ep_version": endpoint.version,
         "job_state": "processing" if is_running else "queued",
         "progress": {
-            "queue_position": info.position or 0,
+            # AIME's clients take 0 for a job that is worked on: who waits counts from 1.
+            "queue_position": 0 if info.position is None else info.position + 1,
             "estimate": _estimate(info),
             "num_workers_online": info.num_workers,
             "progress": answer.num_tokens,

@@ -41,12 +41,13 @@ async def create_message(request: Request, body: MessagesBody) -> Response:
 
 
 @router.post("/count_tokens")
-async def count_tokens(request: Request, body: Conversation) -> dict[str, int]:
+async def count_tokens(request: Request, response: Response, body: Conversation) -> dict[str, int]:
     """Return the size of the prompt that the same fields would make; a worker counts it."""
     service: Service = request.app.state.service
     caller = await service.gate.caller(request)
     caller.check_model(body.model)
     await service.fleet.check_model(body.model)
+    response.headers.update(await service.gate.charge_request(caller))
     job = body.job(new_job_id(), SamplingSettings())
     counted = await service.ask(body.model, TokenizeChat(job=job, detail="count"))
     return {"input_tokens": counted.num_tokens}

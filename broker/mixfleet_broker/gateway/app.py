@@ -30,7 +30,8 @@ from mixfleet_broker.gateway import (
 )
 from mixfleet_broker.gateway.aime import Aime
 from mixfleet_broker.gateway.aime_files import check_names, read_endpoints
-from mixfleet_broker.gateway.aime_routes import AimeRoutes
+from mixfleet_broker.gateway.aime_routes import AimeRoutes, is_aime
+from mixfleet_broker.gateway.aime_shapes import error_body as aime_body
 from mixfleet_broker.gateway.anthropic_errors import anthropic_body, is_anthropic
 from mixfleet_broker.gateway.api_errors import ApiError, as_api_error
 from mixfleet_broker.gateway.caller import Gatekeeper, is_loopback
@@ -110,7 +111,8 @@ def create_app(settings: Settings) -> FastAPI:
         max_body_bytes=settings.max_body_bytes,
         is_local=is_loopback(settings.listen) and not settings.require_key,
         web_origins=(settings.cors_origins or "").split(","),
-        error_body=error_body,
+        max_connections=settings.max_connections,
+        error_body=partial(_early_error_body, app),
     )
     _trace_requests(app, traces)
     return app
@@ -140,6 +142,17 @@ def _job_tracing(traces: "TracerProvider | None") -> list[JobObserver]:
 def error_body(path: str) -> ErrorBody:
     """Return how errors look to the clients of a path."""
     return anthropic_body if is_anthropic(path) else _openai_body
+
+
+def _early_error_body(app: FastAPI, path: str) -> ErrorBody:
+    """Return how errors look that come before all routes, which know AIME's endpoints by name."""
+    if is_aime(path) and not _is_taken(app, path):
+        return _aime_body
+    return error_body(path)
+
+
+def _aime_body(error: ApiError, _request_id: str) -> dict[str, Any]:
+    return aime_body(error, None)
 
 
 def _openai_body(error: ApiError, _request_id: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from ipaddress import ip_address
 from typing import Final
@@ -18,8 +18,9 @@ from mixfleet_broker.gateway.cached import Cached
 from mixfleet_broker.gateway.fleet import Fleet
 from mixfleet_broker.gateway.watch import JobObserver, WatchedJob
 from mixfleet_broker.key_cache import KeyCache
-from mixfleet_broker.key_records import KeyRecord, Scope
+from mixfleet_broker.key_records import KeyRecord, Limits, Scope
 from mixfleet_broker.limits import Admission, KeyLimits, LimitState, rules_for
+from mixfleet_broker.messages import new_job_id
 from mixfleet_broker.settings import Settings
 from mixfleet_broker.terms import QueueRules
 
@@ -150,14 +151,33 @@ class Gatekeeper(JobObserver):
         record = caller.record
         if record is None:
             return None
+        admission = await self._admit(record, job_ids, tokens)
+        self._charged.update(dict.fromkeys(job_ids, record))
+        return admission
+
+    async def _admit(self, record: KeyRecord, job_ids: Sequence[str], tokens: int) -> Admission:
         try:
-            admission = await self._fleet.call(self._limits.admit, record, job_ids, tokens)
+            return await self._fleet.call(self._limits.admit, record, job_ids, tokens)
         except MixfleetError as error:
             refusal = as_api_error(error)
             states = getattr(error, "states", ())
             raise refusal.with_headers(rate_limit_headers(states)) from error
-        self._charged.update(dict.fromkeys(job_ids, record))
-        return admission
+
+    async def charge_request(self, caller: Caller) -> dict[str, str]:
+        """Charge a request that queues no job to its key's requests a minute, and to nothing else.
+
+        Returns:
+            Headers for its answer; none where no key has limits.
+
+        Raises:
+            ApiError: As :meth:`charge`.
+        """
+        record = caller.record
+        if record is None or record.limits.requests_per_min is None:
+            return {}
+        limits = Limits(requests_per_min=record.limits.requests_per_min)
+        counted = await self._admit(replace(record, limits=limits), [new_job_id()], 0)
+        return rate_limit_headers(counted.states)
 
     async def refund(self, caller: Caller, admission: Admission | None) -> None:
         """Give back all of a request that was not taken."""

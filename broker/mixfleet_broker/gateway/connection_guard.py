@@ -1,18 +1,52 @@
 """Connections that cannot be held open by saying little, nor fill memory by saying much."""
 
 import asyncio
+import json
 from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from mixfleet_broker.gateway.api_errors import ApiError
+
+NUM_CONNECTIONS: Final = "num_connections"
+"""Where in a scope's state it says how many connections are open, its own among them."""
 REQUEST_S: Final = 30.0
 """Longest time for a request to arrive whole, and for a new connection to say anything."""
 MAX_HEADER_BYTES: Final = 64 * 1024
 _LINGER_S: Final = 1.0
 """For how long what still comes is read and dropped: a reset would take our answer with it."""
-_CLOSED: Final = b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
-_TIMED_OUT: Final = b"HTTP/1.1 408 Request Timeout" + _CLOSED
-_TOO_LARGE: Final = b"HTTP/1.1 431 Request Header Fields Too Large" + _CLOSED
+_STATUS_LINES: Final = {
+    400: b"HTTP/1.1 400 Bad Request",
+    408: b"HTTP/1.1 408 Request Timeout",
+    431: b"HTTP/1.1 431 Request Header Fields Too Large",
+}
+
+
+def _answer(error: ApiError) -> bytes:
+    """Return a whole answer to what never became a request, and so has no dialect but OpenAI's."""
+    body = json.dumps(error.openai_body()).encode()
+    lines = [
+        _STATUS_LINES[error.status],
+        b"connection: close",
+        b"content-type: application/json",
+        b"content-length: %d" % len(body),
+        *(f"{name}: {value}".encode("latin-1") for name, value in error.headers().items()),
+    ]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+def _invalid() -> ApiError:
+    return ApiError(400, "these bytes are not HTTP", code="invalid_http")
+
+
+def _timed_out() -> ApiError:
+    text = f"the request was not whole within {REQUEST_S:g} s"
+    return ApiError(408, text, code="request_timeout", details={"limit_s": REQUEST_S})
+
+
+def _headers_too_large() -> ApiError:
+    text = f"the first line and the headers have more than {MAX_HEADER_BYTES} bytes"
+    return ApiError(431, text, code="headers_too_large", details={"limit": MAX_HEADER_BYTES})
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -43,7 +77,7 @@ class GuardedProtocol(HttpToolsProtocol):
             # What the parser has not told us yet: one endless header, say.
             self._unparsed_bytes += len(data)
             if self._unparsed_bytes > MAX_HEADER_BYTES:
-                self._refuse(_TOO_LARGE)
+                self._refuse(_headers_too_large())
 
     def on_message_begin(self) -> None:
         """Begin to count for a request."""
@@ -65,8 +99,9 @@ class GuardedProtocol(HttpToolsProtocol):
         """Count header bytes no more; a request with too many, in one piece, does not begin."""
         self._in_headers = False
         if self._header_bytes > MAX_HEADER_BYTES:
-            self._refuse(_TOO_LARGE)
+            self._refuse(_headers_too_large())
             raise OverflowError("header fields too large")  # ends the parser's work
+        self.scope["state"][NUM_CONNECTIONS] = len(self.connections)
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -74,10 +109,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stop_timer()
         super().on_message_complete()
 
-    def send_400_response(self, msg: str) -> None:
-        """Say what is wrong with the bytes, unless the connection has had its answer."""
-        if not self._is_refused:
-            super().send_400_response(msg)
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - ours is the same for all
+        """Say that the bytes are no HTTP, unless the connection has had its answer."""
+        self._refuse(_invalid())
 
     def _start_timer(self) -> None:
         self._stop_timer()
@@ -93,13 +127,13 @@ class GuardedProtocol(HttpToolsProtocol):
         if serves or self.flow.read_paused:  # the next request may be slow while this one is served
             self._start_timer()
         else:
-            self._refuse(_TIMED_OUT)
+            self._refuse(_timed_out())
 
     def _serves(self) -> bool:
         cycle: Any = self.cycle  # None before the first request, whatever its annotation says
         return cycle is not None and not cycle.response_complete
 
-    def _refuse(self, answer: bytes) -> None:
+    def _refuse(self, error: ApiError) -> None:
         if self._is_refused or self.transport.is_closing():
             return
         self._is_refused = True
@@ -110,7 +144,7 @@ class GuardedProtocol(HttpToolsProtocol):
             if self.cycle.response_started:  # an answer in the middle of another is none
                 self.transport.close()
                 return
-        self.transport.write(answer)
+        self.transport.write(_answer(error))
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._timer = self.loop.call_later(_LINGER_S, self.transport.close)

@@ -16,6 +16,7 @@ from mixfleet_broker.connection import connect, find_redis_url
 from mixfleet_broker.errors import BrokerError, UnknownModelError
 from mixfleet_broker.gateway.cached import Cached
 from mixfleet_broker.gateway.hub import Hub, Subscription
+from mixfleet_broker.gateway.submitter import Submitter
 from mixfleet_broker.inquiries import ask
 from mixfleet_broker.inquiry_codec import Inquiry, InquiryAnswer
 from mixfleet_broker.jobs import JobRow, find_job
@@ -24,6 +25,7 @@ from mixfleet_broker.overview import ModelStatus, model_statuses
 from mixfleet_broker.queue import CancelOutcome, JobInfo, JobQueue
 from mixfleet_broker.registry import WorkerRecord, models, workers
 from mixfleet_broker.settings import Settings
+from mixfleet_broker.submitting_together import Outcome, Submission, submit_together
 from mixfleet_broker.terms import READER_S, JobTerms, QueueRules
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ class Fleet:
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="redis")
         self._askers = ThreadPoolExecutor(NUM_ASKERS, thread_name_prefix="ask")
         self.hub = Hub(self._patient, prefix=self.prefix)
+        self._submitter = Submitter(self._submit_together)
         self._attended: set[str] = set()
         self._statuses: Cached[list[ModelStatus]] = Cached(self._read_statuses, FRESH_S)
         self._workers: Cached[list[WorkerRecord]] = Cached(self._read_workers, FRESH_S)
@@ -90,7 +93,9 @@ class Fleet:
     async def submit(self, job: ChatJob, terms: JobTerms, rules: QueueRules | None = None) -> int:
         """Queue ``job`` and return how many jobs are before it; see ``JobQueue.submit``."""
         queue = self.queue(job.model, rules)
-        return await self.call(queue.submit, job, terms)
+        if queue.rules.durability != "server":
+            return await self.call(queue.submit, job, terms)
+        return await self._submitter.submit(Submission(queue=queue, job=job, terms=terms))
 
     async def cancel(self, job_id: str, model: str, reason: str) -> CancelOutcome:
         """End a job wherever it is."""
@@ -162,6 +167,9 @@ class Fleet:
             pool.shutdown(wait=False, cancel_futures=True)
         self.redis.close()
         self._patient.close()
+
+    async def _submit_together(self, submissions: Sequence[Submission]) -> list[Outcome]:
+        return await self.call(submit_together, self.redis, submissions)
 
     async def _read_models(self) -> list[str]:
         return await self.with_redis(models)

@@ -14,13 +14,16 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mixfleet_broker.errors import MixfleetError
-from mixfleet_broker.gateway.api_errors import SERVER, ApiError, as_api_error
+from mixfleet_broker.gateway.api_errors import OVERLOADED, SERVER, ApiError, as_api_error
+from mixfleet_broker.gateway.connection_guard import NUM_CONNECTIONS
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID: Final = "x-request-id"
 ANTHROPIC_REQUEST_ID: Final = "request-id"
 """The same, by the name under which Anthropic's clients look for it."""
+CROWDED_S: Final = 1.0
+"""When whoever came to a full gateway may come again."""
 _GOOD_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LOCAL_HOSTS: Final = frozenset({"localhost", "127.0.0.1", "[::1]", "testserver"})
 
@@ -34,6 +37,7 @@ class Guard:
     Args:
         app: The application.
         max_body_bytes: Of a request.
+        max_connections: At the same time, as far as the server counts them.
         is_local: Only this machine is served, and without keys: a web page that talked its
             browser into calling us, under another host's name, is refused.
         web_origins: Web sites whose pages may call us all the same; ``*`` is all of them.
@@ -45,12 +49,14 @@ class Guard:
         app: ASGIApp,
         *,
         max_body_bytes: int,
+        max_connections: int,
         is_local: bool,
         web_origins: Collection[str] = (),
         error_body: Callable[[str], ErrorBody],
     ) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._max_connections = max_connections
         self._is_local = is_local
         self._web_origins = frozenset(web_origins)
         self._error_body = error_body
@@ -74,6 +80,7 @@ class Guard:
             await send(message)
 
         try:
+            self._check_crowd(scope.get("state", {}).get(NUM_CONNECTIONS, 0))
             self._check(headers)
             await self._app(scope, self._limited(receive), send_with_id)
         except Exception as error:
@@ -82,6 +89,19 @@ class Guard:
             refusal = _as_refusal(error, request_id)
             body = self._error_body(scope["path"])(refusal, request_id)
             await _answer(refusal, body, send_with_id)
+
+    def _check_crowd(self, num_connections: int) -> None:
+        if num_connections <= self._max_connections:
+            return
+        raise ApiError(
+            503,
+            f"{num_connections} connections are open, the limit is {self._max_connections}",
+            kind=OVERLOADED,
+            code="too_many_connections",
+            details={"connections": num_connections, "limit": self._max_connections},
+            retryable=True,
+            retry_after_s=CROWDED_S,
+        ).with_headers({"connection": "close"})
 
     def _check(self, headers: dict[bytes, bytes]) -> None:
         length = headers.get(b"content-length", b"0")

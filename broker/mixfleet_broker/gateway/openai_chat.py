@@ -13,6 +13,7 @@ from mixfleet_broker.gateway.openai_schema import ChatBody, of_choice
 from mixfleet_broker.gateway.openai_shapes import (
     chat_logprobs,
     finish_reason,
+    of_text,
     tool_call_values,
     usage_value,
 )
@@ -143,7 +144,7 @@ class _Deltas:
             return []
         if what.part == "tool_calls":
             return [self._choice({"tool_calls": [call]}) for call in self._call_deltas(what.text)]
-        if not what.text and not (self._body.logprobs and what.logprobs):
+        if not what.text and not (self._body.logprobs and of_text(what.logprobs)):
             return []
         choice = self._choice({"content": what.text})
         if self._body.logprobs:

@@ -13,7 +13,7 @@ from mixfleet_broker.gateway.answer import Answer, Choice, collect_or_leave
 from mixfleet_broker.gateway.completion_logprobs import LogprobLists
 from mixfleet_broker.gateway.completion_schema import CompletionBody
 from mixfleet_broker.gateway.openai_schema import of_choice
-from mixfleet_broker.gateway.openai_shapes import finish_reason, usage_value
+from mixfleet_broker.gateway.openai_shapes import finish_reason, of_text, usage_value
 from mixfleet_broker.gateway.openai_stream import stream_chunks
 from mixfleet_broker.gateway.service import Service, job_ids
 from mixfleet_broker.messages import ChatJob, JobEnd, JobEvent, TokenChunk, Usage
@@ -93,7 +93,7 @@ class _Reply:
         return {
             "index": index,
             "text": self._echo(index) + "".join(choice.text),
-            "logprobs": logprobs.take(choice.logprobs) if logprobs else None,
+            "logprobs": logprobs.take(of_text(choice.logprobs)) if logprobs else None,
             "finish_reason": finish_reason(choice.end, has_calls=False),
         }
 
@@ -123,9 +123,12 @@ class _Deltas:
         if isinstance(what, JobEnd):
             self.usage = what.usage or self.usage
             return [self._choice("", reason=finish_reason(what, has_calls=False))]
-        if not isinstance(what, TokenChunk) or not (what.text or what.logprobs):
+        if not isinstance(what, TokenChunk):
             return []
-        lists = self._logprobs.take(what.logprobs) if self._logprobs else None
+        shown = of_text(what.logprobs)
+        if not what.text and not shown:
+            return []
+        lists = self._logprobs.take(shown) if self._logprobs else None
         return [self._choice(what.text, lists)]
 
     def _choice(

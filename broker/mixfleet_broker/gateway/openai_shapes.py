@@ -47,6 +47,11 @@ def tool_call_values(job_id: str, text: str) -> list[dict[str, Any]]:
     ]
 
 
+def of_text(logprobs: Sequence[TokenLogprob]) -> list[TokenLogprob]:
+    """Return those of the tokens that are text: OpenAI tells nothing of the one that ends it."""
+    return [entry for entry in logprobs if not entry.is_control]
+
+
 def chat_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
     """Return log-probabilities as chat completions have them."""
     return {
@@ -55,7 +60,7 @@ def chat_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
                 **_token(entry.token, entry.logprob),
                 "top_logprobs": [_token(token, logprob) for token, logprob in entry.top],
             }
-            for entry in logprobs
+            for entry in of_text(logprobs)
         ],
         "refusal": None,
     }

@@ -101,7 +101,8 @@ async def delete(request: Request, asked: str) -> Response:
     service, record = await _own(request, asked)
     if record.final is None:
         await service.fleet.cancel(record.job_id, record.model, "its response was deleted")
-    await service.fleet.with_redis(delete_response, record.job_id)
+    result_ttl = service.fleet.rules.result_ttl
+    await service.fleet.with_redis(delete_response, record.job_id, result_ttl)
     return JSONResponse({"id": asked, "object": "response", "deleted": True})
 
 
@@ -152,6 +153,7 @@ async def _begin(
             streams=bool(body.stream) and not body.background,
             priority=body.priority(),
             on_disconnect="continue" if body.background else None,
+            keep_s=service.settings.response_ttl_s if body.is_stored else None,
         )
     except ApiError:
         if is_new:
@@ -163,7 +165,9 @@ async def _begin(
 async def _forget(service: Service, record: StoredResponse) -> None:
     # Nobody knows its id, and it expires.
     with suppress(BrokerError):
-        await service.fleet.with_redis(delete_response, record.job_id)
+        await service.fleet.with_redis(
+            delete_response, record.job_id, service.fleet.rules.result_ttl
+        )
 
 
 async def _own(request: Request, asked: str) -> tuple[Service, StoredResponse]:

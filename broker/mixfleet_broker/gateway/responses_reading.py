@@ -109,9 +109,9 @@ async def keep_end(service: Service, record: StoredResponse, reading: ResponseEv
     """Write how a response ended; one that was not stored, or is deleted, stays away."""
     if not record.request["store"]:
         return
-    ttl_s = service.settings.response_ttl_s
+    ttls = (service.settings.response_ttl_s, service.fleet.rules.result_ttl)
     try:
-        await service.fleet.with_redis(end_response, record, reading.response(), ttl_s)
+        await service.fleet.with_redis(end_response, record, reading.response(), *ttls)
     except BrokerError as error:  # the channel still has it, for whoever asks in time
         logger.warning("response_not_kept job_id=%s error=%s", record.job_id, error)
 

@@ -67,6 +67,7 @@ class Service:
         streams: bool = False,
         priority: Priority | None = None,
         on_disconnect: Disconnect | None = None,
+        keep_s: float | None = None,
     ) -> Answer:
         """Queue the jobs of one request and return their answer, which has just begun.
 
@@ -78,6 +79,7 @@ class Service:
                 error in a stream.
             priority: As the body says it; the header wins.
             on_disconnect: For a dialect with its own rule; else the header, then the setting.
+            keep_s: Of :class:`JobTerms`, for an answer that is a stored response.
 
         Raises:
             ApiError: The request cannot be served; nothing is queued.
@@ -91,7 +93,13 @@ class Service:
             leaving = on_disconnect or _on_disconnect(request, self.settings)
             context_length = await self.fleet.context_length(model)
             each = _one_of_each_prompt(jobs)
-            await asyncio.gather(*(self._check(job, context_length) for job in each))
+            doubtful = [
+                payload
+                for job in each
+                if _needs_check(job, payload := encode_job(job), context_length)
+            ]
+            if doubtful:
+                await asyncio.gather(*(self._check(model, payload) for payload in doubtful))
         except MixfleetError as error:
             raise as_api_error(error) from error
         job_ids = [job.job_id for job in jobs]
@@ -104,7 +112,7 @@ class Service:
         answer = Answer(
             self.fleet,
             jobs,
-            replace(terms, ends_with_reader=leaving == "cancel"),
+            replace(terms, ends_with_reader=leaving == "cancel", keep_s=keep_s),
             caller.rules(self.fleet.rules),
             self.watch,
             key_id=caller.name,
@@ -125,12 +133,10 @@ class Service:
             await answer.peek(_PEEK_S)
         return answer
 
-    async def _check(self, job: ChatJob, context_length: int | None) -> None:
+    async def _check(self, model: str, payload: bytes) -> None:
         """Ask a worker if it would take a job; where none says so in time, the job's own will."""
-        payload = encode_job(job)
-        if _needs_check(job, payload, context_length):
-            with suppress(NoWorkerError, InquiriesFullError, InquiryTimeoutError):
-                await self.ask(job.model, CheckJob(payload=payload), _CHECK_S)
+        with suppress(NoWorkerError, InquiriesFullError, InquiryTimeoutError):
+            await self.ask(model, CheckJob(payload=payload), _CHECK_S)
 
 
 def job_ids(request: Request, caller: Caller, number: int) -> list[str]:

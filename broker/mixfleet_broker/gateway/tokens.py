@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from mixfleet_broker.gateway.api_errors import ApiError
+from mixfleet_broker.gateway.caller import Caller
 from mixfleet_broker.gateway.completion_logprobs import token_text
 from mixfleet_broker.gateway.openai_schema import Body, MessageBody, ToolBody, unsupported
 from mixfleet_broker.gateway.service import Service
@@ -65,10 +66,11 @@ class DetokenizeBody(Body):
 
 
 @router.post("/tokenize")
-async def tokenize(request: Request, body: TokenizeBody) -> dict[str, Any]:
+async def tokenize(request: Request, response: Response, body: TokenizeBody) -> dict[str, Any]:
     """Return the tokens of a text, or of the prompt that a conversation becomes."""
     service: Service = request.app.state.service
-    model = await _model(request, service, body.model)
+    model, headers = await _admitted(request, service, body.model)
+    response.headers.update(headers)
     answer = await service.ask(model, body.inquiry(model))
     strings = [token_text(token) for token in answer.token_bytes]
     return {
@@ -80,17 +82,26 @@ async def tokenize(request: Request, body: TokenizeBody) -> dict[str, Any]:
 
 
 @router.post("/detokenize")
-async def detokenize(request: Request, body: DetokenizeBody) -> dict[str, Any]:
+async def detokenize(request: Request, response: Response, body: DetokenizeBody) -> dict[str, Any]:
     """Return the text of tokens."""
     service: Service = request.app.state.service
-    model = await _model(request, service, body.model)
+    model, headers = await _admitted(request, service, body.model)
+    response.headers.update(headers)
     answer = await service.ask(model, Detokenize(token_ids=tuple(body.tokens)))
     return {"prompt": answer.text or ""}
 
 
-async def _model(request: Request, service: Service, given: str | None) -> str:
-    """Return the model that is asked: the one named, or the only one there is."""
+async def _admitted(
+    request: Request, service: Service, given: str | None
+) -> tuple[str, dict[str, str]]:
+    """Charge the request; return the model that is asked, and what the answer says of limits."""
     caller = await service.gate.caller(request)
+    model = await _model(caller, service, given)
+    return model, await service.gate.charge_request(caller)
+
+
+async def _model(caller: Caller, service: Service, given: str | None) -> str:
+    """Return the model named, or the only one there is."""
     if given is None:
         served = {worker.model for worker in await service.fleet.workers()}
         if len(served) != 1:

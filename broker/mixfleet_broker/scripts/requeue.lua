@@ -22,6 +22,7 @@ redis.call('HSET', key.job(job_id), 'status', 'queued', 'enqueued_at', now, 'end
   'started_at', '', 'worker_name', '', 'mf_token', '', 'mf_losses', 0, 'mf_attempt', 0,
   'mf_score', whole(score), 'mf_at', whole(now_ms), 'mf_start_by', '', 'mf_end_by', '',
   'mf_attended', '')
+hold_response(job_id)
 enter(job_id, entry, score)
 list_append(job_id)
 redis.call('SADD', key.queues(), KEYS[1])

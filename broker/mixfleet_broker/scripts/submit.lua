@@ -7,7 +7,8 @@
 --          prompt, 12 most tokens of the answer or 0, 13 ms within which it is to start or 0, 14 ms
 --          within which it is to be complete or 0, 15 ms of a reader's silence that end it or 0,
 --          16 data for rq's tools, 17 description for them, 18 result ttl s, 19 failure ttl s,
---          20 ms after which a job moves up a class
+--          20 ms after which a job moves up a class, 21 s for which its end and its stored response are
+--          kept at least, 0 without one
 -- Result   {'queued', rank}            it is in the queue, `rank` jobs before it
 --          {'known', rank}             the same job was here already; 0 when it waits no more
 --          {'conflict', 0}             the id is taken by a different job
@@ -71,9 +72,11 @@ redis.call('HSET', job,
   'mf_request', ARGV[3], 'mf_sum', sum, 'mf_tenant', tenant, 'mf_class', class,
   'mf_score', whole(score), 'mf_cost', entry.cost, 'mf_answer', answer, 'mf_bytes', ARGV[11], 'mf_max', ARGV[12],
   'mf_at', whole(now_ms), 'mf_start_by', start_by, 'mf_end_by', end_by,
+  'mf_keep', ARGV[21],
   'mf_attended', reader_ms > 0 and '1' or '', 'mf_token', '', 'mf_attempt', 0, 'mf_losses', 0)
 -- A job of this id may have ended just now and left its channel for its readers.
 redis.call('DEL', key.channel(job_id))
+hold_response(job_id)
 enter(job_id, entry, score)
 list_append(job_id)
 if class > 0 then redis.call('ZADD', key.ageing(model), now_ms + tonumber(ARGV[20]), job_id) end

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixfleet_engine.batch import DecodeGroup, PrefillChunk
+from mixfleet_engine.kv_cache import picked
 from mixfleet_engine.ops.cpu_quantised import QuantisedPacker, checked_quantised_packer
 from mixfleet_engine.ops.door import Linear
 from mixfleet_engine.ops.reference import ReferenceOps
@@ -50,8 +51,8 @@ class CpuOps(ReferenceOps):
         length = chunk.start + chunk.num_rows
         mixed = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None],  # [1, H, T, A]
-            _context(keys, chunk.block_table, length),
-            _context(values, chunk.block_table, length),
+            _context(picked(keys, chunk.block_table, q.dtype), length),
+            _context(picked(values, chunk.block_table, q.dtype), length),
             attn_mask=chunk.mask,
             is_causal=chunk.mask is None,
             enable_gqa=True,
@@ -68,7 +69,7 @@ class CpuOps(ReferenceOps):
         neighbours in memory as a batched product over all of them would need.
         """
         num_seqs, num_heads, head_dim = q.shape
-        keys, values = _slots(keys, group.block_tables), _slots(values, group.block_tables)
+        keys, values = (_slots(part, group.block_tables, q.dtype) for part in (keys, values))
         num_kv = keys.shape[2]
         grouped = q.view(num_seqs, num_kv, num_heads // num_kv, head_dim)
         scores = torch.stack(
@@ -105,17 +106,17 @@ class CpuOps(ReferenceOps):
         return (results.view(num_tokens, top_k, -1).float() * shares).sum(1).to(x.dtype)
 
 
-def _context(cache: Tensor, block_table: Tensor, length: int) -> Tensor:
-    """Return the first ``length`` entries of one sequence, ``[1, G, length, A]``."""
-    return cache.index_select(0, block_table).flatten(0, 1)[:length].transpose(0, 1)[None]
+def _context(blocks: Tensor, length: int) -> Tensor:
+    """Return the first ``length`` entries of a sequence's blocks, ``[1, G, length, A]``."""
+    return blocks.flatten(0, 1)[:length].transpose(0, 1)[None]
 
 
-def _slots(cache: Tensor, block_tables: Tensor) -> Tensor:
+def _slots(cache: Tensor, block_tables: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the slots of each sequence's blocks, ``[B, S, G, A]``."""
     num_seqs, num_blocks = block_tables.shape
     _, block_size, num_kv, head_dim = cache.shape
-    picked = cache.index_select(0, block_tables.flatten())
-    return picked.view(num_seqs, num_blocks * block_size, num_kv, head_dim)
+    blocks = picked(cache, block_tables.flatten(), dtype)
+    return blocks.view(num_seqs, num_blocks * block_size, num_kv, head_dim)
 
 
 def pack_with_onednn(weight: Tensor) -> Linear:

@@ -28,7 +28,7 @@ from mixfleet_engine.quantise import (
     rows_of,
     shape_of,
     slabs,
-    unpack_int4,
+    unpack_nibbles,
 )
 from mixfleet_engine.weight_formats import INT4_GROUP, WeightFormat
 
@@ -96,12 +96,16 @@ def pack_int4(weight: Quantised, dtype: torch.dtype) -> Linear:
         return dequantise_slabs(weight, dtype)
     values = torch.empty(n, k // 2, dtype=torch.uint8)
     for rows in slabs(n, k):
-        numbers = unpack_int4(weight.values[rows]).int() + 8
+        numbers = unpack_nibbles(weight.values[rows]).int()
+        if weight.zeros is None:
+            numbers ^= 8  # from two's complement to -8 at 0
         values[rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
-    scales = weight.scales.repeat_interleave(INT4_GROUP // group, dim=1)[:, : k // group]
-    # The operation's numbers are q - 8, and zero stands at zero: [K / group, N, 2].
-    scales_and_zeros = torch.stack((scales, torch.zeros_like(scales)), dim=-1)
-    scales_and_zeros = scales_and_zeros.transpose(0, 1).contiguous().to(dtype)
+    # To (q - 8) * scale the operation adds what zero stands at: [K / group, N, 2].
+    scales = weight.scales
+    offsets = torch.zeros_like(scales) if weight.zeros is None else (8 - weight.zeros) * scales
+    scales_and_zeros = torch.stack((scales, offsets), dim=-1)
+    parts = scales_and_zeros.repeat_interleave(INT4_GROUP // group, dim=1)[:, : k // group]
+    scales_and_zeros = parts.transpose(0, 1).contiguous().to(dtype)
     multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
     def linear(x: Tensor) -> Tensor:

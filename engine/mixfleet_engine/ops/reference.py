@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixfleet_engine.batch import DecodeGroup, PrefillChunk
+from mixfleet_engine.kv_cache import picked
 from mixfleet_engine.ops.door import Linear
 from mixfleet_engine.quantise import Weight, dequantise
 
@@ -84,8 +85,8 @@ class ReferenceOps:
 
 
 def _context(cache: Tensor, block_table: Tensor, length: int) -> Tensor:
-    """Return the first ``length`` entries of one sequence, ``[S, G, A]``."""
-    return cache[block_table].flatten(0, 1)[:length]
+    """Return the first ``length`` entries of one sequence, ``[S, G, A]`` fp32."""
+    return picked(cache, block_table, torch.float32).flatten(0, 1)[:length]
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -98,8 +99,8 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """
     (num_q, num_heads, head_dim), (length, num_kv, _) = q.shape, keys.shape
     grouped = q.float().view(num_q, num_kv, num_heads // num_kv, head_dim)
-    scores = torch.einsum("tgra,sga->grts", grouped, keys.float()) * head_dim**-0.5
+    scores = torch.einsum("tgra,sga->grts", grouped, keys) * head_dim**-0.5
     ahead = torch.ones(num_q, length, dtype=torch.bool, device=q.device).triu(length - num_q + 1)
     shares = scores.masked_fill(ahead, float("-inf")).softmax(-1)
-    mixed = torch.einsum("grts,sga->tgra", shares, values.float())
+    mixed = torch.einsum("grts,sga->tgra", shares, values)
     return mixed.reshape(num_q, num_heads, head_dim).to(q.dtype)

@@ -41,6 +41,7 @@ logprobs = st.builds(
     token=st.binary(max_size=8),
     logprob=values,
     top=st.lists(st.tuples(st.binary(max_size=8), values), max_size=20).map(tuple),
+    is_control=st.booleans(),
 )
 
 

@@ -16,7 +16,8 @@ from mixfleet_engine.ops.cpu import CpuOps
 from mixfleet_engine.ops.door import Ops
 from mixfleet_engine.ops.reference import ReferenceOps
 from mixfleet_engine.rotary import RotaryTable
-from mixfleet_engine.weights import WeightLoader, open_checkpoint
+from mixfleet_engine.weight_loader import WeightLoader
+from mixfleet_engine.weights import open_checkpoint
 from support.dense_mixtral import dense_attention, norm, rotate
 from support.plans import chunk, plan, table
 from support.tiny_model import hf_tensors, tiny_config, write_hf_checkpoint

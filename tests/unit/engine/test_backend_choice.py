@@ -63,6 +63,7 @@ def test_native_by_name_is_refused_with_the_reason() -> None:
         (torch.float32, {}, "KV cache in torch.float32"),
         (torch.bfloat16, {"block_size": 8}, "block_size=8"),
         (torch.bfloat16, {"weight_dtype": "fp8"}, "weight_dtype='fp8'"),
+        (torch.bfloat16, {"kv_dtype": "fp8"}, "kv_dtype='fp8'"),
     ],
 )
 def test_native_refuses_what_it_does_not_compute_and_auto_takes_torch(

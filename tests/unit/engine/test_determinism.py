@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mixfleet_engine.config import Backend, EngineConfig, WeightDtype
+from mixfleet_engine.config import Backend, EngineConfig, KvDtype, WeightDtype
 from mixfleet_engine.engine import Engine
 from mixfleet_engine.errors import ConfigError
 from mixfleet_engine.loading import load_engine
@@ -35,15 +35,18 @@ class Kind:
     backend: Backend
     dtype: str
     weight_dtype: WeightDtype = "auto"
+    kv_dtype: KvDtype = "auto"
     is_bitwise: bool = True
 
     def __str__(self) -> str:
-        return f"{self.backend}-{self.dtype}-{self.weight_dtype}"
+        return f"{self.backend}-{self.dtype}-{self.weight_dtype}-{self.kv_dtype}"
 
 
 KINDS = [
     Kind("reference", "float32", is_bitwise=False),
     Kind("cpu", "float32", is_bitwise=False),
+    Kind("reference", "float32", kv_dtype="fp8", is_bitwise=False),
+    Kind("cpu", "float32", kv_dtype="fp8", is_bitwise=False),
     Kind("native", "bfloat16"),
     Kind("native", "bfloat16", "int8"),
     Kind("native", "bfloat16", "int4"),
@@ -93,6 +96,7 @@ class Bench:
             backend=self._kind.backend,
             dtype=self._kind.dtype,
             weight_dtype=self._kind.weight_dtype,
+            kv_dtype=self._kind.kv_dtype,
             **(settings | changes),
         )
         return load_engine(self._checkpoint, config)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mixfleet_engine import devices
-from mixfleet_engine.devices import found_machine, machine_of, torch_facts
+from mixfleet_engine.devices import found_machine, machine_of, measured_free_bytes, torch_facts
 from mixfleet_engine.host_memory import HostMemory
 
 GIB = 1 << 30
@@ -62,6 +62,21 @@ def test_a_group_is_as_good_as_its_smallest_and_fullest_device(
     found = found_machine()
     assert found.label == "3x GPU 1"
     assert (found.memory_bytes, found.available_bytes) == (48 * GIB, 30 * GIB)
+
+
+def test_free_after_loading_is_the_devices_and_what_torch_holds_but_does_not_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called = []
+    FakeGpus([(30, 80), (11, 80)]).install(monkeypatch)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given, n=name: called.append((n, *given)))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: (50 + device.index) * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 48 * GIB)
+    device = torch.device("cuda", 1)
+    assert measured_free_bytes(device) == (11 + 51 - 48) * GIB
+    assert called == [("synchronize", device), ("empty_cache",)]
+    assert measured_free_bytes(CPU) is None
 
 
 def test_facts_are_torchs_own() -> None:

@@ -28,6 +28,7 @@ class Sizes:
     max_step_tokens: int = 16
     context_length: int = 64
     prefix_cache: bool = True
+    pipelined: bool = False
 
 
 def make_engine(
@@ -49,7 +50,10 @@ def make_engine(
         vocab_size=VOCAB,
         prefix_cache=sizes.prefix_cache,
     )
-    return Engine(runner, scheduler, clock=clock), runner
+    return Engine(runner, scheduler, clock=clock, pipelined=sizes.pipelined), runner
+
+
+both = pytest.mark.parametrize("pipelined", [False, True])
 
 
 def slow_answers(requests: list[GenerateRequest]) -> Answers:
@@ -92,39 +96,48 @@ def test_a_runner_with_another_cache_is_refused(name: str) -> None:
         Engine(runner, scheduler)
 
 
-def test_a_step_without_work_does_not_run_the_model() -> None:
-    engine, runner = make_engine(Sizes())
+@both
+def test_a_step_without_work_does_not_run_the_model(*, pipelined: bool) -> None:
+    engine, runner = make_engine(Sizes(pipelined=pipelined))
     assert engine.step() == []
     assert runner.plans == []
 
 
-def test_the_only_request_gets_its_whole_answer() -> None:
-    engine, runner = make_engine(Sizes())
+@both
+def test_the_only_request_gets_its_whole_answer(*, pipelined: bool) -> None:
+    engine, runner = make_engine(Sizes(pipelined=pipelined))
     request = make_request(max_tokens=5)
     assert run_to_end(engine, [request]) == slow_answers([request])
     assert len(runner.plans) == 5
 
 
-def test_a_batch_gets_the_same_answers_as_each_request_alone() -> None:
-    engine, _ = make_engine(Sizes())
+@both
+def test_a_batch_gets_the_same_answers_as_each_request_alone(*, pipelined: bool) -> None:
+    engine, _ = make_engine(Sizes(pipelined=pipelined))
     assert run_to_end(engine, mixed_requests()) == slow_answers(mixed_requests())
     assert engine.free_tokens == 128
 
 
+@both
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("max_step_tokens", [1, 2, 3, 7, 64])
 def test_neither_chunk_size_nor_order_change_an_answer(
-    max_step_tokens: int, *, reverse: bool
+    max_step_tokens: int, *, reverse: bool, pipelined: bool
 ) -> None:
-    sizes = Sizes(max_step_tokens=max_step_tokens, max_batch_size=min(4, max_step_tokens))
+    sizes = Sizes(
+        max_step_tokens=max_step_tokens, max_batch_size=min(4, max_step_tokens), pipelined=pipelined
+    )
     engine, _ = make_engine(sizes)
     requests = mixed_requests()
     assert run_to_end(engine, requests[::-1] if reverse else requests) == slow_answers(requests)
 
 
+@both
 @pytest.mark.parametrize("prefix_cache", [False, True])
-def test_preemption_changes_no_answer(*, prefix_cache: bool) -> None:
-    engine, runner = make_engine(Sizes(num_blocks=12, prefix_cache=prefix_cache))
+def test_preemption_changes_no_answer(*, prefix_cache: bool, pipelined: bool) -> None:
+    engine, runner = make_engine(
+        Sizes(num_blocks=12, prefix_cache=prefix_cache, pipelined=pipelined)
+    )
     requests = [make_request(name, prompt=(n,), max_tokens=40) for n, name in enumerate("abcd")]
     assert run_to_end(engine, requests) == slow_answers(requests)
     assert engine.num_preemptions > 0
@@ -137,9 +150,12 @@ def test_preemption_changes_no_answer(*, prefix_cache: bool) -> None:
         assert engine.prefix_hit_tokens == 0
 
 
+@both
 @pytest.mark.parametrize("max_step_tokens", [4, 7, 64])
-def test_a_prefix_that_was_found_changes_no_answer(max_step_tokens: int) -> None:
-    engine, _ = make_engine(Sizes(max_step_tokens=max_step_tokens))
+def test_a_prefix_that_was_found_changes_no_answer(
+    max_step_tokens: int, *, pipelined: bool
+) -> None:
+    engine, _ = make_engine(Sizes(max_step_tokens=max_step_tokens, pipelined=pipelined))
     system = [n % VOCAB for n in range(13)]
     requests = [make_request(f"r{n}", prompt=[*system, n], max_tokens=9) for n in range(8)]
     assert run_to_end(engine, requests) == slow_answers(requests)
@@ -147,8 +163,9 @@ def test_a_prefix_that_was_found_changes_no_answer(max_step_tokens: int) -> None
     assert engine.prefix_queried_tokens == sum(len(r.prompt_token_ids) for r in requests)
 
 
-def test_a_conversation_that_goes_on_finds_its_last_turn() -> None:
-    engine, runner = make_engine(Sizes())
+@both
+def test_a_conversation_that_goes_on_finds_its_last_turn(*, pipelined: bool) -> None:
+    engine, runner = make_engine(Sizes(pipelined=pipelined))
     first = make_request("first", prompt=range(7), max_tokens=6)
     ((answer, _),) = run_to_end(engine, [first]).values()
     second = make_request("second", prompt=[*range(7), *answer, 3, 4], max_tokens=5)
@@ -157,8 +174,9 @@ def test_a_conversation_that_goes_on_finds_its_last_turn() -> None:
     assert next(c for c in runner.plans[6].chunks).start == 12
 
 
-def test_numbers_without_end_hurt_only_who_has_them() -> None:
-    engine, runner = make_engine(Sizes(num_blocks=8))
+@both
+def test_numbers_without_end_hurt_only_who_has_them(*, pipelined: bool) -> None:
+    engine, runner = make_engine(Sizes(num_blocks=8, pipelined=pipelined))
     runner.poison = {11}
     shared = [1, 2, 3, 4, 11, 6, 7, 8]
     broken = [make_request(f"broken {n}", prompt=[*shared, n], max_tokens=9) for n in range(2)]
@@ -188,16 +206,18 @@ def test_an_overdue_request_ends_with_the_next_step_and_the_others_go_on() -> No
     assert len(runner.plans) == 9
 
 
-def test_nothing_is_run_when_only_overdue_requests_are_left() -> None:
-    engine, runner = make_engine(Sizes(), clock=lambda: 7.0)
+@both
+def test_nothing_is_run_when_only_overdue_requests_are_left(*, pipelined: bool) -> None:
+    engine, runner = make_engine(Sizes(pipelined=pipelined), clock=lambda: 7.0)
     engine.submit(make_request("late", deadline=5.0))
     (output,) = engine.step()
     assert (output.request_id, output.finish_reason) == ("late", "deadline")
     assert (runner.plans, engine.has_work, engine.free_slots) == ([], False, 4)
 
 
-def test_the_engine_tells_who_runs_and_who_waits() -> None:
-    engine, _ = make_engine(Sizes(max_batch_size=2))
+@both
+def test_the_engine_tells_who_runs_and_who_waits(*, pipelined: bool) -> None:
+    engine, _ = make_engine(Sizes(max_batch_size=2, pipelined=pipelined))
     for name in "abc":
         engine.submit(make_request(name))
     assert (engine.num_running, engine.num_waiting) == (0, 3)
@@ -230,8 +250,9 @@ def test_a_continued_answer_is_the_rest_of_the_whole_one(num_delivered: int) -> 
     assert answers == {"r": (token_ids[num_delivered:], "length")}
 
 
-def test_an_abort_hurts_nobody_else() -> None:
-    engine, _ = make_engine(Sizes())
+@both
+def test_an_abort_hurts_nobody_else(*, pipelined: bool) -> None:
+    engine, _ = make_engine(Sizes(pipelined=pipelined))
     requests = mixed_requests()
     for request in requests:
         engine.submit(request)
@@ -247,8 +268,9 @@ def test_an_abort_hurts_nobody_else() -> None:
     assert engine.free_tokens == 128
 
 
-def test_an_abort_within_the_run_drops_its_token_only() -> None:
-    engine, runner = make_engine(Sizes())
+@both
+def test_an_abort_within_the_run_drops_its_token_only(*, pipelined: bool) -> None:
+    engine, runner = make_engine(Sizes(pipelined=pipelined))
     for name in "ab":
         engine.submit(make_request(name))
 
@@ -278,8 +300,11 @@ def test_after_a_failed_run_the_same_step_can_be_tried_again() -> None:
     assert engine.free_tokens == 128
 
 
-def test_after_a_failed_run_some_requests_can_be_aborted_and_the_others_go_on() -> None:
-    engine, runner = make_engine(Sizes())
+@both
+def test_after_a_failed_run_some_requests_can_be_aborted_and_the_others_go_on(
+    *, pipelined: bool
+) -> None:
+    engine, runner = make_engine(Sizes(pipelined=pipelined))
     requests = mixed_requests()
     for request in requests:
         engine.submit(request)
@@ -291,8 +316,9 @@ def test_after_a_failed_run_some_requests_can_be_aborted_and_the_others_go_on() 
     assert run_to_end(engine) == slow_answers(requests[3:])
 
 
-def test_after_a_failed_run_all_can_be_aborted_and_new_ones_come() -> None:
-    engine, runner = make_engine(Sizes())
+@both
+def test_after_a_failed_run_all_can_be_aborted_and_new_ones_come(*, pipelined: bool) -> None:
+    engine, runner = make_engine(Sizes(pipelined=pipelined))
     engine.submit(make_request("old"))
     engine.step()
     runner.failures = 1
@@ -304,8 +330,9 @@ def test_after_a_failed_run_all_can_be_aborted_and_new_ones_come() -> None:
     assert run_to_end(engine, [request]) == slow_answers([request])
 
 
-def test_a_rejected_request_hurts_nobody() -> None:
-    engine, _ = make_engine(Sizes())
+@both
+def test_a_rejected_request_hurts_nobody(*, pipelined: bool) -> None:
+    engine, _ = make_engine(Sizes(pipelined=pipelined))
     good = make_request("good")
     engine.submit(good)
     for bad in (make_request("good"), make_request("long", max_tokens=999)):
@@ -348,12 +375,13 @@ def request_drawn(draw: st.DrawFn) -> GenerateRequest:
     )
 
 
+@both
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(sizes=sizes_drawn, drawn=st.lists(request_drawn(), max_size=8))
 def test_every_answer_is_that_of_the_slow_loop_within_a_bounded_number_of_steps(
-    sizes: Sizes, drawn: list[GenerateRequest]
+    sizes: Sizes, drawn: list[GenerateRequest], *, pipelined: bool
 ) -> None:
-    engine, _ = make_engine(sizes)
+    engine, _ = make_engine(replace(sizes, pipelined=pipelined))
     accepted = []
     for number, request in enumerate(drawn):
         request = replace(request, request_id=f"r{number}")

@@ -59,7 +59,10 @@ def request_drawn(draw: st.DrawFn) -> GenerateRequest:
         prompt=draw(prompts_drawn),
         max_tokens=draw(st.integers(1, 20)),
         stops=draw(st.frozensets(st.integers(0, VOCAB - 1), max_size=2)),
-        sampling=SamplingParams(seed=draw(st.integers(0, 1))),
+        sampling=SamplingParams(
+            seed=draw(st.integers(0, 1)),
+            presence_penalty=draw(st.sampled_from([0.0, 0.0, 0.0, 0.5])),
+        ),
         priority=draw(st.integers(0, 2)),
     )
 
@@ -71,6 +74,8 @@ class EngineMachine(RuleBasedStateMachine):
     writes to what another one reads; here the answers are compared with those of each request
     alone.
     """
+
+    pipelined = False
 
     @initialize(sizes=sizes_drawn, has_poison=st.booleans())
     def start(self, sizes: Sizes, *, has_poison: bool) -> None:
@@ -95,7 +100,9 @@ class EngineMachine(RuleBasedStateMachine):
             prefix_cache=sizes.prefix_cache,
         )
         self.now = 0.0
-        self.engine = Engine(self.runner, scheduler, clock=lambda: self.now)
+        self.engine = Engine(
+            self.runner, scheduler, clock=lambda: self.now, pipelined=self.pipelined
+        )
         self.live: dict[str, GenerateRequest] = {}
         self.untold: set[str] = set()
         """Overdue requests whose end a failed step has kept from us."""
@@ -127,7 +134,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine.submit(request)
         self.live[request.request_id] = request
         # The first in the order moves in every step; a better one may make it begin once more.
-        self.max_steps += num_tokens + self.engine.context_length
+        # Pipelined, its end and the step before its beginning may be of no use to others.
+        self.max_steps += num_tokens + self.engine.context_length + 2 * self.pipelined
 
     def overdue(self) -> set[str]:
         return {
@@ -173,12 +181,23 @@ class EngineMachine(RuleBasedStateMachine):
         self.submit_if_it_fits(replace(request, output_token_ids=output))
 
     @precondition(lambda self: set(self.live) - self.overdue())
-    @rule()
-    def fail(self) -> None:
-        self.untold |= self.overdue()
-        self.runner.failures = 1
-        with pytest.raises(RuntimeError):
-            self.engine.step()
+    @rule(reading=st.booleans())
+    def fail(self, *, reading: bool) -> None:
+        untold = self.untold | self.overdue()
+        self.runner.failures, self.runner.failing_reads = (0, 1) if reading else (1, 0)
+        # Who was two steps ahead may begin again.
+        self.max_steps += self.pipelined * len(self.live) * self.engine.context_length
+        if reading or not self.pipelined:
+            with pytest.raises(RuntimeError):
+                self.engine.step()
+            self.untold = untold
+            return
+        # A step may have nothing to launch: then it reads.
+        try:
+            self.step()
+        except RuntimeError:
+            self.untold = untold
+        self.runner.failures = 0
 
     @rule()
     def step(self) -> None:
@@ -220,7 +239,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert 0 <= free <= self.sizes.num_blocks * self.sizes.block_size
         assert self.engine.free_slots == max(0, self.sizes.max_batch_size - num_inside)
         assert self.engine.num_running + self.engine.num_waiting == num_inside
-        assert self.engine.has_work == bool(self.live)
+        assert self.engine.has_work >= bool(self.live)
+        assert self.pipelined or self.engine.has_work == bool(self.live)
         assert self.engine.prefix_hit_tokens <= self.engine.prefix_queried_tokens
 
     def teardown(self) -> None:
@@ -229,6 +249,8 @@ class EngineMachine(RuleBasedStateMachine):
         while self.live:
             self.step()
             assert self.num_steps <= self.max_steps, "somebody starves"
+        if self.pipelined and self.engine.has_work:
+            assert self.engine.step() == [], "all were told of their ends"
         assert not self.engine.has_work
         assert self.engine.free_tokens == self.sizes.num_blocks * self.sizes.block_size
         if (length := self.engine.context_length - 1) > 0:
@@ -237,10 +259,19 @@ class EngineMachine(RuleBasedStateMachine):
             assert run_to_end(self.engine, [last])["last"] == slow_answer(last, VOCAB)
 
 
-TestEngineMachine = pytest.mark.slow(EngineMachine.TestCase)
-TestEngineMachine.settings = settings(
+class PipelinedEngineMachine(EngineMachine):
+    """The same with each step launched before the tokens of the one before are read."""
+
+    pipelined = True
+
+
+EXAMPLES = settings(
     max_examples=120, stateful_step_count=40, deadline=None, derandomize=True, database=None
 )
+TestEngineMachine = pytest.mark.slow(EngineMachine.TestCase)
+TestEngineMachine.settings = EXAMPLES
+TestPipelinedEngineMachine = pytest.mark.slow(PipelinedEngineMachine.TestCase)
+TestPipelinedEngineMachine.settings = EXAMPLES
 
 
 def crowd(rng: random.Random) -> Iterator[GenerateRequest]:
@@ -259,8 +290,11 @@ def crowd(rng: random.Random) -> Iterator[GenerateRequest]:
         )
 
 
+@pytest.mark.parametrize("pipelined", [False, True])
 @pytest.mark.parametrize("first_seed", range(0, 200, 25))
-def test_a_crowd_in_a_cache_that_is_too_small_gets_its_answers(first_seed: int) -> None:
+def test_a_crowd_in_a_cache_that_is_too_small_gets_its_answers(
+    first_seed: int, *, pipelined: bool
+) -> None:
     for seed in range(first_seed, first_seed + 25):
         rng = random.Random(seed)
         num_blocks, block_size, max_batch_size = rng.randrange(9, 16), 4, rng.randrange(1, 6)
@@ -281,7 +315,7 @@ def test_a_crowd_in_a_cache_that_is_too_small_gets_its_answers(first_seed: int) 
             context_length=36,
             vocab_size=LARGE_VOCAB,
         )
-        engine = Engine(runner, scheduler, clock=lambda: 0.0)
+        engine = Engine(runner, scheduler, clock=lambda: 0.0, pipelined=pipelined)
         wanted = {}
         answers: Answers = {}
         for request in crowd(rng):
@@ -293,7 +327,7 @@ def test_a_crowd_in_a_cache_that_is_too_small_gets_its_answers(first_seed: int) 
                 del wanted[request.request_id]
                 answers.pop(request.request_id, None)
             if rng.random() < 0.1 and engine.has_work:
-                runner.failures = 1
+                runner.failing_reads = 1
                 with pytest.raises(RuntimeError):
                     engine.step()
         while engine.has_work:

@@ -72,7 +72,7 @@ def rule(schema: Mapping[str, Any]) -> str:
     return f"start: %json {json.dumps({'x-guidance': spacing, **schema})}"
 
 
-def engine_of(tokenizer: Tokenizer = BYTES, **changes: Any) -> Engine:
+def engine_of(tokenizer: Tokenizer = BYTES, *, pipelined: bool = False, **changes: Any) -> Engine:
     sizes = {"num_blocks": 400, "block_size": 4, **changes}
     vocab_size = tokenizer.vocab_size + 3
     runner = RandomLogitsRunner(
@@ -84,7 +84,7 @@ def engine_of(tokenizer: Tokenizer = BYTES, **changes: Any) -> Engine:
     settings = {"max_batch_size": 12, "max_step_tokens": 24, "context_length": 500, **sizes}
     grammars = Grammars(tokenizer, vocab_size)
     scheduler = Scheduler(vocab_size=vocab_size, grammars=grammars, itl_target_s=10.0, **settings)
-    return Engine(runner, scheduler)
+    return Engine(runner, scheduler, pipelined=pipelined)
 
 
 def requests(
@@ -152,7 +152,8 @@ def test_whole_answers_of_tokenizer_json_are_of_their_schema(write: Any, tmp_pat
     assert assert_valid(answers, tokenizer) >= len(SCHEMAS) - 2
 
 
-def test_neighbours_chunks_preemptions_and_prefix_hits_change_nothing() -> None:
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_neighbours_chunks_preemptions_and_prefix_hits_change_nothing(*, pipelined: bool) -> None:
     wanted = requests()
     alone: Answers = {}
     for request in wanted:
@@ -160,7 +161,7 @@ def test_neighbours_chunks_preemptions_and_prefix_hits_change_nothing() -> None:
     small: dict[str, Any] = {"num_blocks": 50, "context_length": 200}
     changed: tuple[dict[str, Any], ...] = ({}, small, {"max_step_tokens": 12})
     for changes in changed:
-        engine = engine_of(**changes)
+        engine = engine_of(pipelined=pipelined, **changes)
         assert run_to_end(engine, wanted) == alone
         assert (engine.num_preemptions > 0) == ("num_blocks" in changes)
         assert run_to_end(engine, wanted) == alone
@@ -204,10 +205,11 @@ def test_an_answer_ends_with_the_last_token_that_its_grammar_has_room_for() -> N
     )
 
 
-def test_a_failed_step_leaves_the_answer_where_it_was() -> None:
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_a_failed_step_leaves_the_answer_where_it_was(*, pipelined: bool) -> None:
     wanted = requests()
     expected = run_to_end(engine_of(), wanted)
-    engine = engine_of()
+    engine = engine_of(pipelined=pipelined)
     for request in wanted:
         engine.submit(request)
     answers: Answers = {}
@@ -215,7 +217,7 @@ def test_a_failed_step_leaves_the_answer_where_it_was() -> None:
         step_into(answers, engine)
     runner = engine._runner
     assert isinstance(runner, RandomLogitsRunner)
-    runner.failures = 1
+    runner.failing_reads = 1
     with pytest.raises(RuntimeError):
         engine.step()
     while engine.has_work:

@@ -164,7 +164,7 @@ def test_blocks_without_finite_logits_are_never_found_and_cleared_for_the_next_o
     assert book.unclean == ()  # nobody needs them yet
     other = take_all(book)
     assert (other.num_cached, book.unclean) == (0, tuple(sorted(table)))
-    book.cleared(book.unclean)
+    assert book.take_unclean() == tuple(sorted(table))
     assert book.unclean == ()
 
 
@@ -199,6 +199,40 @@ def test_a_step_that_never_ended_leaves_its_blocks_in_doubt() -> None:
     book.drop(sequence)
     take_all(book)
     assert book.unclean == (last,)
+
+
+def test_a_block_stays_in_doubt_while_a_later_step_writes_to_it() -> None:
+    book = make_book()
+    sequence = admitted(book, 1, 2, 3)
+    book.chunk(sequence, 3)
+    book.chunk(sequence, 1)
+    last = sequence.block_table[-1]
+    book.book(sequence, 3, sampled=True)
+    sequence.append(9)
+    book.drop(sequence)
+    take_all(book)
+    assert book.unclean == (last,)
+
+
+def test_blocks_that_a_planned_step_did_not_clear_are_left_to_the_next() -> None:
+    book = make_book(num_blocks=1)
+    broken = admitted(book, 1)
+    compute(book, broken, None)
+    book.drop(broken)
+    admitted(book, 2)
+    assert (book.take_unclean(), book.unclean) == ((0,), ())
+    book.give_back_unclean((0,))
+    assert book.unclean == (0,)
+
+
+def test_a_block_too_many_is_none_that_lacks() -> None:
+    book = make_book()
+    sequence = admitted(book, 1, 2)
+    book.chunk(sequence, 2)
+    book.grow(sequence)
+    assert len(sequence.block_table) == 2, "the unread token needs one"
+    sequence.unplan()
+    assert book.num_missing(sequence) == 0
 
 
 def test_who_hits_blocks_in_doubt_and_samples_settles_it() -> None:

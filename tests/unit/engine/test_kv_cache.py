@@ -3,7 +3,7 @@ import sys
 
 import torch
 
-from mixfleet_engine.kv_cache import KvCache
+from mixfleet_engine.kv_cache import FP8, KvCache, picked, to_fp8
 from mixfleet_engine.plan import kv_bytes_per_token
 from support.tiny_model import tiny_config
 
@@ -69,6 +69,45 @@ def test_the_planned_bytes_are_what_the_tensors_take() -> None:
     cache = make_cache(num_blocks=1, block_size=4)
     taken = sum(part.nbytes for layer in range(MODEL.n_layers) for part in cache.layer(layer))
     assert 4 * kv_bytes_per_token(MODEL, "float32") == taken
+
+
+def fp8_cache() -> KvCache:
+    return KvCache(MODEL, num_blocks=4, block_size=4, dtype=FP8, device=CPU)
+
+
+def test_fp8_keeps_the_nearest_number_and_the_largest_of_what_is_larger() -> None:
+    cache = fp8_cache()
+    given = torch.tensor([0.0, 1.06, -1.07, 447.0, 449.0, -1e6, float("inf"), 2.0**-9])
+    kept = torch.tensor([0.0, 1.0, -1.125, 448.0, 448.0, -448.0, 448.0, 2.0**-9])
+    rows = torch.zeros(1, 2, 16)
+    rows[0, 1, :8] = given
+    cache.write(1, rows, -rows, torch.tensor([6]))
+    keys, values = (picked(part, torch.tensor([1]), torch.float32) for part in cache.layer(1))
+    assert torch.equal(keys[0, 2, 1, :8], kept)
+    assert torch.equal(values[0, 2, 1, :8], -kept)
+    assert keys.count_nonzero() == 7
+
+
+def test_a_nan_stays_one_in_fp8_until_its_block_is_cleared() -> None:
+    cache = fp8_cache()
+    spoilt = torch.full((1, 2, 16), float("nan"), dtype=torch.bfloat16)
+    cache.write(0, spoilt, spoilt, torch.tensor([13]))
+    assert picked(cache.layer(0)[0], torch.tensor([3]), torch.bfloat16)[0, 1].isnan().all()
+    cache.clear([3])
+    assert not any(part.float().any() for part in cache.layer(0))
+
+
+def test_every_fp8_number_comes_back_as_it_is_in_every_dtype() -> None:
+    numbers = torch.arange(256, dtype=torch.uint8).view(FP8)
+    numbers = numbers[numbers.float().isfinite()]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(to_fp8(numbers.to(dtype)).float(), numbers.float())
+
+
+def test_the_planned_bytes_of_fp8_are_what_the_tensors_take() -> None:
+    cache = fp8_cache()
+    taken = sum(part.nbytes for layer in range(MODEL.n_layers) for part in cache.layer(layer))
+    assert 16 * kv_bytes_per_token(MODEL, "fp8") == taken
 
 
 def test_cleared_blocks_are_zeros_in_all_layers_and_the_others_stay() -> None:

@@ -1,15 +1,20 @@
 import logging
 import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from mixfleet_engine import loading
-from mixfleet_engine.config import EngineConfig
-from mixfleet_engine.errors import CheckpointError, ConfigError
-from mixfleet_engine.loading import load_engine, resolve_device, resolve_dtype
+from mixfleet_engine.config import EngineConfig, Shard
+from mixfleet_engine.errors import CheckpointError, ConfigError, DoesNotFitError
+from mixfleet_engine.loading import load_engine, load_runner, resolve_device, resolve_dtype
+from mixfleet_engine.plan import kv_bytes_per_token, plan_memory
+from mixfleet_engine.ranks import OneRank
 from mixfleet_engine.request import GenerateRequest
+from support.memory_machines import machine
 from support.tiny_model import tiny_config, write_hf_checkpoint, write_mistral_checkpoint
 
 CPU = torch.device("cpu")
@@ -33,6 +38,37 @@ def test_the_engines_context_is_the_setting_or_the_models(tmp_path: Path) -> Non
     assert load_engine(folder, CONFIG).context_length == 64
     shorter = EngineConfig(dtype="float32", device="cpu", num_blocks=16, context_length=20)
     assert load_engine(folder, shorter).context_length == 20
+
+
+@pytest.mark.parametrize(("setting", "ahead"), [(None, False), (False, False), (True, True)])
+def test_an_engine_on_a_cpu_is_pipelined_only_if_told_to(
+    tmp_path: Path, setting: bool | None, *, ahead: bool
+) -> None:
+    engine = load_engine(write_hf_checkpoint(tmp_path, SMALL), replace(CONFIG, pipelined=setting))
+    engine.submit(GenerateRequest(request_id="a", prompt_token_ids=(5, 6, 7), max_tokens=9))
+    engine.step()
+    assert engine.abort("a")
+    assert engine.has_work == ahead, "a second step runs"
+
+
+class TwoRanks(OneRank):
+    """The first of two."""
+
+    shard = Shard(rank=0, world=2)
+
+
+def test_several_ranks_cannot_be_pipelined(tmp_path: Path) -> None:
+    folder = write_hf_checkpoint(tmp_path, SMALL)
+    with pytest.raises(ConfigError, match="pipelined=True: not with 2 ranks"):
+        load_engine(folder, replace(CONFIG, pipelined=True), ranks=TwoRanks())
+
+
+@pytest.mark.parametrize(("world", "pipelined"), [(1, True), (2, False)])
+def test_an_engine_on_one_gpu_is_pipelined(
+    monkeypatch: pytest.MonkeyPatch, world: int, *, pipelined: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert loading._is_pipelined(EngineConfig(), world) == pipelined
 
 
 def test_progress_ends_at_the_total(tmp_path: Path) -> None:
@@ -88,6 +124,82 @@ def test_a_broken_setting_is_found_before_the_weights_are_opened(tmp_path: Path)
         load_engine(folder, EngineConfig(context_length=65))
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         load_engine(folder, CONFIG)
+
+
+BLOCK_BYTES = 4 * kv_bytes_per_token(SMALL, "float32")
+
+
+@dataclass
+class OneOfTwo(OneRank):
+    """Loads alone, but counts and answers as one of several ranks of which another has less."""
+
+    others: dict[bool, int]
+    """The least of the others, by whether it has loaded."""
+    asked: list[tuple[int, bool]] = field(default_factory=list)
+
+    def lowest(self, number: int, *, is_loaded: bool = False) -> int:
+        self.asked.append((number, is_loaded))
+        return min(number, self.others[is_loaded])
+
+
+@pytest.fixture
+def gpu_of_8_gib(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Plan for a GPU while a CPU computes; then say how many blocks its free memory is good for."""
+    reserve = plan_memory(
+        SMALL, machine(8), weight_dtype="float32", kv_dtype="float32"
+    ).reserve_bytes
+    monkeypatch.setattr(loading, "machine_of", lambda *_: machine(8))
+
+    def leave(num_blocks: float) -> None:
+        free_bytes = reserve + int(num_blocks * BLOCK_BYTES)
+        monkeypatch.setattr(loading, "measured_free_bytes", lambda _: free_bytes)
+
+    return leave
+
+
+def test_on_a_gpu_the_kv_cache_is_what_loading_left_less_the_reserve(
+    tmp_path: Path, gpu_of_8_gib: Callable[[float], None]
+) -> None:
+    folder = write_hf_checkpoint(tmp_path, SMALL)
+    config = replace(CONFIG, num_blocks=None, max_batch_size=4)
+    for left, expected in ((7.9, 7), (23.0, 23), (1e6, 4 * 64 // 4)):
+        gpu_of_8_gib(left)
+        assert load_runner(folder, config).num_blocks == expected
+
+
+def test_every_rank_takes_the_least_that_any_has_left(
+    tmp_path: Path, gpu_of_8_gib: Callable[[float], None]
+) -> None:
+    folder = write_hf_checkpoint(tmp_path, SMALL)
+    gpu_of_8_gib(30)
+    ranks = OneOfTwo({False: 60, True: 21})
+    runner = load_runner(folder, replace(CONFIG, num_blocks=None, max_batch_size=4), None, ranks)
+    assert runner.num_blocks == 21
+    assert ranks.asked == [(64, False), (30, True)]
+
+
+def test_a_kv_cache_as_set_must_fit_what_loading_left(
+    tmp_path: Path, gpu_of_8_gib: Callable[[float], None]
+) -> None:
+    folder = write_hf_checkpoint(tmp_path, SMALL)
+    gpu_of_8_gib(16)
+    assert load_runner(folder, CONFIG).num_blocks == 16
+    gpu_of_8_gib(15.9)
+    with pytest.raises(DoesNotFitError, match="the KV cache as set does not fit"):
+        load_runner(folder, CONFIG)
+
+
+def test_on_a_cpu_the_kv_cache_is_what_was_planned(tmp_path: Path) -> None:
+    ranks = OneOfTwo({False: 9})
+    assert load_runner(write_hf_checkpoint(tmp_path, SMALL), CONFIG, None, ranks).num_blocks == 9
+    assert ranks.asked == [(16, False)]
+
+
+def test_an_fp8_kv_cache_holds_more_tokens_in_the_same_bytes(tmp_path: Path) -> None:
+    folder = write_hf_checkpoint(tmp_path, SMALL)
+    config = replace(CONFIG, num_blocks=None, kv_cache_bytes=8 * BLOCK_BYTES)
+    assert load_runner(folder, config).num_blocks == 8
+    assert load_runner(folder, replace(config, kv_dtype="fp8")).num_blocks == 32
 
 
 def test_auto_device_is_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Quantised products on a CPU against the dequantised reference, whatever torch can do here."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,6 +60,23 @@ def test_linear_matches_the_dequantised_product(
         assert found.shape == (num_rows, n)
         off = (found.double() - expected).abs().max() / expected.abs().max()
         assert off < {torch.float32: 3e-6, torch.bfloat16: 0.01}[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_int4_with_zero_points_matches_the_dequantised_product(
+    n: int, k: int, dtype: torch.dtype
+) -> None:
+    symmetric = make(n, k, "int4")
+    assert isinstance(symmetric, Int4Weight)
+    zeros = torch.randint(
+        0, 16, symmetric.scales.shape, generator=torch.Generator().manual_seed(2)
+    ).float()
+    weight = replace(symmetric, zeros=zeros)
+    x = random(3, k, seed=1).to(dtype)
+    expected = x.double() @ dequantise(weight, torch.float32).double().T
+    off = (CpuOps(dtype).linear(weight)(x).double() - expected).abs().max() / expected.abs().max()
+    assert off < {torch.float32: 3e-6, torch.bfloat16: 0.015}[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

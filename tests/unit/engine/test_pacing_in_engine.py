@@ -51,15 +51,31 @@ class TimedRunner:
     hiccups: float = 0.0
     """Share of steps that take 10 times as long."""
     now: float = 0.0
+    free_at: float = 0.0
+    """When the device has done all that was launched."""
     plans: list[StepPlan] = field(default_factory=list)
     rng: random.Random = field(default_factory=lambda: random.Random(7))
 
-    def run(self, plan: StepPlan) -> list[SampledToken]:
+    def launch(self, plan: StepPlan) -> "TimedLaunch":
         assert all(chunk.token_ids for chunk in plan.chunks)
         self.plans.append(plan)
         elapsed_s = self.cost(StepLoad.of(plan)) * math.exp(self.rng.gauss(0, self.noise))
-        self.now += elapsed_s * (10 if self.rng.random() < self.hiccups else 1)
-        return [SampledToken(1)] * plan.num_samples
+        elapsed_s *= 10 if self.rng.random() < self.hiccups else 1
+        self.free_at = max(self.now, self.free_at) + elapsed_s
+        return TimedLaunch(self, self.free_at, plan.num_samples)
+
+
+@dataclass(frozen=True)
+class TimedLaunch:
+    """A step that is done at its time."""
+
+    runner: TimedRunner
+    done_at: float
+    num_samples: int
+
+    def read(self) -> list[SampledToken]:
+        self.runner.now = max(self.runner.now, self.done_at)
+        return [SampledToken(1)] * self.num_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +87,9 @@ class Measured:
     prompt_tokens_per_s: float
 
 
-def make_engine(runner: TimedRunner, *, max_step_tokens: int, itl_target_s: float) -> Engine:
+def make_engine(
+    runner: TimedRunner, *, max_step_tokens: int, itl_target_s: float, pipelined: bool = False
+) -> Engine:
     scheduler = Scheduler(
         num_blocks=runner.num_blocks,
         block_size=runner.block_size,
@@ -81,12 +99,24 @@ def make_engine(runner: TimedRunner, *, max_step_tokens: int, itl_target_s: floa
         vocab_size=10_000,
         itl_target_s=itl_target_s,
     )
-    return Engine(runner, scheduler, clock=lambda: runner.now)
+    return Engine(runner, scheduler, clock=lambda: runner.now, pipelined=pipelined)
 
 
-def measure(runner: TimedRunner, *, max_step_tokens: int, itl_target_s: float) -> Measured:
-    """Write six long answers and serve prompts of 2000 tokens beside them, until those end."""
-    engine = make_engine(runner, max_step_tokens=max_step_tokens, itl_target_s=itl_target_s)
+def measure(
+    runner: TimedRunner,
+    *,
+    max_step_tokens: int,
+    itl_target_s: float,
+    pipelined: bool = False,
+    host_s: float = 0.0,
+) -> Measured:
+    """Write six long answers and serve prompts of 2000 tokens beside them, until those end.
+
+    Between two steps the host takes ``host_s`` for other things.
+    """
+    engine = make_engine(
+        runner, max_step_tokens=max_step_tokens, itl_target_s=itl_target_s, pipelined=pipelined
+    )
     times: dict[str, list[float]] = {}
     for number in range(6):
         engine.submit(make_request(f"chat {number}", prompt=[number] * 20, max_tokens=8000))
@@ -96,6 +126,7 @@ def measure(runner: TimedRunner, *, max_step_tokens: int, itl_target_s: float) -
     while any(len(times.get(f"long {number}", ())) < 10 for number in range(NUM_PROMPTS)):
         for output in engine.step():
             times.setdefault(output.request_id, []).append(runner.now)
+        runner.now += host_s
     gaps = [b - a for moments in times.values() for a, b in pairwise(moments)]
     in_time = sum(gap <= 1.3 * TARGET_S for gap in gaps)
     return Measured(
@@ -103,15 +134,16 @@ def measure(runner: TimedRunner, *, max_step_tokens: int, itl_target_s: float) -
     )
 
 
+@pytest.mark.parametrize("pipelined", [False, True])
 @pytest.mark.parametrize(("noise", "hiccups"), [(0.0, 0.0), (0.05, 0.01), (0.2, 0.02)])
 @pytest.mark.parametrize("cost", [linear, experts, tiled])
 def test_answers_keep_their_pace_and_prompts_go_nearly_as_fast_as_with_the_best_fixed_chunk(
-    cost: Cost, noise: float, hiccups: float
+    cost: Cost, noise: float, hiccups: float, *, pipelined: bool
 ) -> None:
     def machine() -> TimedRunner:
         return TimedRunner(cost=cost, noise=noise, hiccups=hiccups)
 
-    paced = measure(machine(), max_step_tokens=512, itl_target_s=TARGET_S)
+    paced = measure(machine(), max_step_tokens=512, itl_target_s=TARGET_S, pipelined=pipelined)
     assert paced.share_in_time >= 0.95
     fixed = [
         measure(machine(), max_step_tokens=chunk + BATCH, itl_target_s=math.inf)
@@ -123,15 +155,31 @@ def test_answers_keep_their_pace_and_prompts_go_nearly_as_fast_as_with_the_best_
     assert paced.prompt_tokens_per_s >= 0.8 * best
 
 
+def test_what_the_host_does_meanwhile_costs_a_pipelined_engine_nothing() -> None:
+    busy = measure(
+        TimedRunner(cost=linear),
+        max_step_tokens=512,
+        itl_target_s=TARGET_S,
+        pipelined=True,
+        host_s=0.015,
+    )
+    idle = measure(
+        TimedRunner(cost=linear), max_step_tokens=512, itl_target_s=TARGET_S, pipelined=True
+    )
+    assert busy.share_in_time >= 0.95
+    assert busy.prompt_tokens_per_s >= 0.98 * idle.prompt_tokens_per_s
+
+
 def test_without_a_target_answers_wait_for_whole_chunks() -> None:
     run = measure(TimedRunner(cost=linear), max_step_tokens=512, itl_target_s=math.inf)
     assert run.share_in_time < 0.7
 
 
-def test_a_machine_that_gets_twice_as_slow_is_noticed() -> None:
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_a_machine_that_gets_twice_as_slow_is_noticed(*, pipelined: bool) -> None:
     slowed = TimedRunner(cost=linear, noise=0.05)
     slowed.cost = lambda load: linear(load) * (1 if slowed.now < 4 else 2)
-    run = measure(slowed, max_step_tokens=512, itl_target_s=TARGET_S)
+    run = measure(slowed, max_step_tokens=512, itl_target_s=TARGET_S, pipelined=pipelined)
     assert slowed.now > 10
     assert run.share_in_time >= 0.95
 

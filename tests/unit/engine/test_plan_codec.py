@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mixfleet_engine.history import TokenHistory
 from mixfleet_engine.plan_codec import decode_plan, encode_plan
 from mixfleet_engine.request import SamplingParams
-from mixfleet_engine.step import PlannedChunk, StepPlan
+from mixfleet_engine.step import UNREAD, PlannedChunk, StepPlan
 from support.plans import chunk, plan
 
 WORD = st.integers(0, 2**62)
@@ -56,6 +56,12 @@ def test_words_that_are_no_whole_plan_are_refused(sent: StepPlan, data: st.DataO
     for broken in (words[:cut], [*words, 0], [-1, *words[1:]]):
         with pytest.raises(ValueError, match="a plan"):
             decode_plan(broken)
+
+
+def test_a_plan_with_unread_tokens_stays_where_they_are_sampled() -> None:
+    unread = replace(chunk([UNREAD], block_table=[0], start=3), unread_row=0)
+    with pytest.raises(ValueError, match="a plan with unread tokens"):
+        encode_plan(plan(chunk([1], block_table=[1]), unread))
 
 
 def test_even_an_empty_plan_has_words_as_none_mean_the_end() -> None:

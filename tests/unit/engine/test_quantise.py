@@ -14,6 +14,7 @@ from mixfleet_engine.quantise import (
     Int8Weight,
     Weight,
     dequantise,
+    form_of,
     quantise,
     rows_of,
     shape_of,
@@ -119,6 +120,56 @@ def test_what_int4_can_hold_comes_back_as_it_was(steps: int) -> None:
 def test_nibbles_lie_with_the_even_input_low() -> None:
     values = torch.tensor([[0x21, 0xF8, 0x7E]], dtype=torch.uint8)
     assert unpack_int4(values).tolist() == [[1, 2, -8, -1, -2, 7]]
+
+
+def with_zeros(n: int, k: int) -> tuple[Int4Weight, torch.Tensor]:
+    """A random matrix with zero points, and what it stands for, number by number."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(0, 16, (n, k), generator=generator)
+    num_groups = -(-k // 128)
+    zeros = torch.randint(0, 16, (n, num_groups), generator=generator).float()
+    scales = torch.rand(n, num_groups, generator=generator)
+    values = (numbers[:, ::2] | numbers[:, 1::2] << 4).to(torch.uint8)
+    meant = torch.tensor(
+        [
+            [(numbers[i, j] - zeros[i, j // 128]) * scales[i, j // 128] for j in range(k)]
+            for i in range(n)
+        ]
+    )
+    return Int4Weight(values=values, scales=scales, zeros=zeros), meant
+
+
+def test_with_zero_points_int4_numbers_are_unsigned() -> None:
+    weight, meant = with_zeros(5, 200)
+    assert torch.equal(dequantise(weight, torch.float32), meant)
+    assert torch.equal(dequantise(rows_of(weight, slice(1, 4)), torch.float32), meant[1:4])
+    both = stacked([weight, rows_of(weight, slice(2, 3))])
+    assert torch.equal(dequantise(both, torch.float32), torch.cat([meant, meant[2:3]]))
+
+
+def test_zero_points_make_a_form_of_their_own() -> None:
+    weight, meant = with_zeros(4, 128)
+    assert form_of(weight) == "Int4Weight with zero points"
+    assert form_of(quantise(meant, "int4", "w")) == "Int4Weight"
+    assert form_of(meant) == "plain float32"
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "int4", "fp8"])
+def test_slabs_for_a_gpu_change_no_bit(
+    weight_format: WeightFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = random(300, 256)
+    whole = parts(quantise(matrix, weight_format, "w"))
+    monkeypatch.setattr(quantise_module, "SLAB_NUMBERS", 1)
+    slabbed = parts(quantise(matrix, weight_format, "w"))
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(whole, slabbed, strict=True))
+
+
+def test_a_gpu_gets_fewer_and_larger_slabs() -> None:
+    on_gpu = list(slabs(14_336, 4096, torch.device("cuda")))
+    assert len(on_gpu) == 4
+    assert [rows.start for rows in on_gpu[1:]] == [rows.stop for rows in on_gpu[:-1]]
+    assert len(list(slabs(14_336, 4096, torch.device("cpu")))) == 112
 
 
 def test_every_int4_number_is_packed_and_unpacked() -> None:

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import pytest
 
 from mixfleet_engine.engine import Engine
+from mixfleet_engine.launch import Computed
 from mixfleet_engine.rank_runner import LeadingRunner, follow
 from mixfleet_engine.ranks import OneRank, RanksLostError
 from mixfleet_engine.scheduler import Scheduler
-from mixfleet_engine.step import SampledToken, StepPlan
+from mixfleet_engine.step import StepPlan
 from support.engine_requests import make_request, run_to_end
 from support.fake_runner import FakeRunner
 from support.plans import chunk, plan
@@ -38,9 +39,9 @@ class PlanKeeper:
     def __init__(self) -> None:
         self.plans: list[StepPlan] = []
 
-    def run(self, plan: StepPlan) -> list[SampledToken]:
+    def launch(self, plan: StepPlan) -> Computed:
         self.plans.append(plan)
-        return []
+        return Computed([])
 
 
 def test_the_others_run_the_plans_of_the_first_until_the_end_is_sent() -> None:
@@ -69,7 +70,7 @@ def test_the_others_run_the_plans_of_the_first_until_the_end_is_sent() -> None:
 def test_blocks_to_clear_reach_the_others() -> None:
     ranks, follower = RecordedRanks(), PlanKeeper()
     sent = StepPlan(chunks=(chunk([1], block_table=[0]),), clear_blocks=(4, 9))
-    LeadingRunner(PlanKeeper(), ranks).run(sent)
+    LeadingRunner(PlanKeeper(), ranks).launch(sent).read()
     ranks.send([])
     follow(follower, ranks)
     assert [received.clear_blocks for received in follower.plans] == [(4, 9)]
@@ -78,9 +79,16 @@ def test_blocks_to_clear_reach_the_others() -> None:
 def test_a_step_that_fails_on_the_first_rank_is_the_end_of_the_group() -> None:
     runner = FakeRunner(num_blocks=4, block_size=4, vocab_size=VOCAB, failures=1)
     with pytest.raises(RanksLostError, match="the fake device is lost") as caught:
-        LeadingRunner(runner, RecordedRanks()).run(plan(chunk([1, 2], block_table=[0])))
+        LeadingRunner(runner, RecordedRanks()).launch(plan(chunk([1, 2], block_table=[0])))
     # Whoever catches the errors of a step and goes on must not catch this one.
     assert not isinstance(caught.value, Exception)
+
+
+def test_a_step_that_fails_when_it_is_read_is_the_end_of_the_group_too() -> None:
+    runner = FakeRunner(num_blocks=4, block_size=4, vocab_size=VOCAB, failing_reads=1)
+    launched = LeadingRunner(runner, RecordedRanks()).launch(plan(chunk([1, 2], block_table=[0])))
+    with pytest.raises(RanksLostError, match="the fake device is lost"):
+        launched.read()
 
 
 def test_one_rank_alone_sums_gathers_and_tells_nobody() -> None:

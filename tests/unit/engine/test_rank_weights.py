@@ -23,7 +23,8 @@ from mixfleet_engine.ops.reference import ReferenceOps
 from mixfleet_engine.ops.torch_backend import TorchBackend
 from mixfleet_engine.rotary import RotaryTable
 from mixfleet_engine.sharding import WHOLE, WeightCuts, share_of
-from mixfleet_engine.weights import Checkpoint, WeightLoader, open_checkpoint, weight_shapes
+from mixfleet_engine.weight_loader import WeightLoader
+from mixfleet_engine.weights import Checkpoint, open_checkpoint, weight_shapes
 from support.plans import chunk, plan
 from support.tiny_model import (
     ExpertStorage,

@@ -3,17 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixfleet_engine.config import EngineConfig, ModelConfig
+from mixfleet_engine.config import Backend, EngineConfig, KvDtype, ModelConfig
 from mixfleet_engine.history import TokenHistory
 from mixfleet_engine.loading import load_runner
 from mixfleet_engine.request import SamplingParams
 from mixfleet_engine.runner import ModelRunner
-from mixfleet_engine.step import NO_TOKEN, PlannedChunk, SampledToken, StepPlan
+from mixfleet_engine.step import NO_TOKEN, UNREAD, PlannedChunk, SampledToken, StepPlan
 from support.dense_mixtral import dense_greedy, dense_logits
 from support.plans import chunk, plan, table
 from support.tiny_model import (
@@ -171,6 +172,28 @@ def test_the_same_step_again_gives_the_same_token(runner: ModelRunner) -> None:
     assert runner.run(planned) == runner.run(planned)
 
 
+def test_an_unread_token_is_what_the_launch_before_has_sampled(runner: ModelRunner) -> None:
+    first, second = chunk(prompt(5), block_table=[0, 1]), chunk(prompt(6, 1), block_table=[2, 3])
+    middle = chunk(prompt(3, 2), block_table=[4], samples=False)
+    launched = runner.launch(plan(first, middle, second))
+    unread = replace(chunk([UNREAD], start=6, block_table=[2, 3], position=1), unread_row=1)
+    (ahead,) = runner.launch(plan(unread)).read()
+    sampled = launched.read()[1].token_id
+    known = replace(unread, token_ids=(sampled,), unread_row=None)
+    assert runner.run(plan(known)) == [ahead]
+
+
+def test_where_there_was_no_token_the_row_runs_on_and_hurts_no_other(tmp_path: Path) -> None:
+    runner = runner_of(spoilt_checkpoint(tmp_path, 5))
+    broken, good = chunk([1, 5], block_table=[3]), chunk([1, 2, 3], block_table=[2])
+    runner.launch(plan(broken, good))
+    after_broken = replace(chunk([UNREAD], start=2, block_table=[3]), unread_row=0)
+    after_good = replace(chunk([UNREAD], start=3, block_table=[2]), unread_row=1)
+    together = runner.launch(plan(after_broken, after_good)).read()
+    runner.launch(plan(broken, good))
+    assert together[1:] == runner.run(plan(after_good))
+
+
 def test_each_row_is_sampled_by_its_own_settings(runner: ModelRunner) -> None:
     hot = SamplingParams(temperature=50.0, seed=3)
     chunks = [
@@ -233,6 +256,27 @@ def test_blocks_to_be_cleared_are_as_new(tmp_path: Path) -> None:
     owner = chunk([1], block_table=[3])
     assert runner.run(StepPlan(chunks=(owner,), clear_blocks=(3,))) == fresh
     assert runner.run(plan(owner)) == fresh
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_fp8_kv_cache_stays_near_a_plain_one(
+    backend: Backend, dtype: str, tmp_path: Path
+) -> None:
+    folder = write_hf_checkpoint(tmp_path, tiny_config(n_layers=1))
+    found = {}
+    for kv_dtype in get_args(KvDtype):
+        settings = EngineConfig(
+            dtype=dtype, device="cpu", num_blocks=4, kv_dtype=kv_dtype, backend=backend
+        )
+        runner = load_runner(folder, settings)
+        # A prefill of 32, then a decode that reads all of it.
+        runner.run(plan(chunk(prompt(32), block_table=[2, 1])))
+        found[kv_dtype] = runner.logits(plan(chunk([5], start=32, block_table=[2, 1, 3])))
+    difference = (found["fp8"] - found["auto"]).norm() / found["auto"].norm()
+    # Random weights make attention sharp, so that a score's rounding counts far more than in a
+    # trained model.
+    assert 0.001 < difference < 0.15
 
 
 def test_bf16_stays_near_fp32(tmp_path: Path) -> None:

@@ -353,7 +353,7 @@ def test_a_plan_that_was_not_run_changes_nothing_about_the_next() -> None:
     scheduler.submit(make_request("a", prompt=range(12)))
     first, second = scheduler.plan(), scheduler.plan()
     assert first == second
-    with pytest.raises(ValueError, match="only the last plan"):
+    with pytest.raises(ValueError, match="only in its turn"):
         scheduler.commit(first, [])
     assert scheduler.commit(second, []) == []
 

@@ -2,6 +2,7 @@ import pytest
 
 from mixfleet_engine.request import SamplingParams
 from mixfleet_engine.sequence import Sequence
+from mixfleet_engine.step import UNREAD
 from support.engine_requests import make_request
 
 
@@ -34,6 +35,66 @@ def test_the_chunk_that_ends_the_prompt_samples_position_0() -> None:
     chunk = sequence.chunk(1, 2)
     assert (chunk.token_ids, chunk.start, chunk.block_table) == ((7,), 2, (4, 2))
     assert (chunk.samples, chunk.position) == (True, 0)
+
+
+def test_what_is_planned_counts_as_done_and_its_token_as_there() -> None:
+    sequence = Sequence(make_request(prompt=(5, 6, 7), max_tokens=2))
+    sequence.chunk(2, 1)
+    assert (sequence.num_cached, sequence.start, sequence.num_pending) == (0, 2, 1)
+    sequence.chunk(1, 1, row=3)
+    assert (sequence.num_tokens, sequence.num_output, sequence.num_pending) == (4, 1, 1)
+    unread = sequence.chunk(1, 1, row=0)
+    assert (unread.token_ids, unread.unread_row) == ((UNREAD,), 3)
+    assert (unread.start, unread.position, unread.samples) == (3, 1, True)
+    assert sequence.is_full
+
+
+def test_what_is_booked_is_cached_and_its_token_is_not_unread_any_more() -> None:
+    sequence = Sequence(make_request(prompt=(5, 6, 7), max_tokens=3))
+    sequence.chunk(3, 1)
+    sequence.chunk(1, 1)
+    sequence.book(3, sampled=True)
+    assert sequence.append(8) is None
+    assert (sequence.num_cached, sequence.start) == (3, 4)
+    assert (sequence.num_tokens, sequence.num_pending) == (5, 1)
+
+
+def test_what_was_planned_can_be_forgotten() -> None:
+    sequence = Sequence(make_request(prompt=(5, 6, 7)))
+    first = sequence.chunk(3, 1)
+    sequence.chunk(1, 1)
+    sequence.unplan()
+    assert (sequence.num_tokens, sequence.start, sequence.num_pending) == (3, 0, 3)
+    assert sequence.chunk(3, 1) == first
+
+
+def test_a_full_answer_ends_by_its_tokens_not_by_the_one_after() -> None:
+    sequence = Sequence(make_request(prompt=(5,), max_tokens=2))
+    sequence.chunk(1, 1)
+    sequence.chunk(1, 1)
+    sequence.book(1, sampled=True)
+    assert sequence.append(8) is None
+    sequence.book(1, sampled=True)
+    assert sequence.append(8) == "length"
+
+
+@pytest.mark.parametrize(
+    ("sampling", "max_tokens", "awaits"),
+    [
+        (SamplingParams(), 9, False),
+        (SamplingParams(presence_penalty=0.1), 9, True),
+        (SamplingParams(presence_penalty=0.1), 1, False),
+    ],
+)
+def test_an_unread_token_is_awaited_where_the_next_choice_hangs_on_it(
+    sampling: SamplingParams, max_tokens: int, *, awaits: bool
+) -> None:
+    sequence = Sequence(make_request(prompt=(5, 6), sampling=sampling, max_tokens=max_tokens))
+    assert not sequence.awaits_token
+    sequence.chunk(1, 1)
+    assert not sequence.awaits_token, "nothing is sampled yet"
+    sequence.chunk(1, 1)
+    assert sequence.awaits_token == awaits
 
 
 def test_the_position_counts_the_tokens_of_an_earlier_run() -> None:

@@ -67,9 +67,10 @@ def test_max_tokens_only_cuts_the_answer() -> None:
     num_blocks=st.integers(10, 20),
     max_step_tokens=st.integers(4, 12),
     lengths=st.one_of(st.none(), st.builds(range, st.integers(1, 9), st.integers(10, 40))),
+    pipelined=st.booleans(),
 )
 def test_a_crowd_gets_the_answers_foretold_whole_or_continued(
-    delivered: int, num_blocks: int, max_step_tokens: int, lengths: range | None
+    delivered: int, num_blocks: int, max_step_tokens: int, lengths: range | None, *, pipelined: bool
 ) -> None:
     engine = make_engine(
         answer_lengths=lengths,
@@ -77,6 +78,7 @@ def test_a_crowd_gets_the_answers_foretold_whole_or_continued(
         block_size=4,
         max_batch_size=4,
         max_step_tokens=max_step_tokens,
+        pipelined=pipelined,
     )
     whole = [make_request(f"r{n}", prompt=(n,), max_tokens=30, stops=(150,)) for n in range(6)]
     foretold = {request.request_id: engine.answer(request) for request in whole}
@@ -268,8 +270,10 @@ def test_a_better_priority_goes_first() -> None:
     assert ids(engine, 4) == ["better", "better", "worse", "worse"]
 
 
-def test_requests_leave_nothing_behind_in_memory() -> None:
-    engine = make_engine()
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_requests_leave_nothing_behind_in_memory(*, pipelined: bool) -> None:
+    # Few blocks, each of which is soon in doubt or has been: that is remembered as well.
+    engine = make_engine(pipelined=pipelined, num_blocks=16)
     sizes = []
     for turn in range(5):
         run_to_end(engine, [make_request(f"finished {turn} {n}") for n in range(20)])
@@ -278,6 +282,7 @@ def test_requests_leave_nothing_behind_in_memory() -> None:
         engine.step()
         for number in range(20):
             engine.abort(f"aborted {turn} {number}")
+        run_to_end(engine)
         sizes.append(len(pickle.dumps(engine)))
     # The counters alone grow, by a byte or two.
     assert sizes[-1] <= sizes[1] + 16

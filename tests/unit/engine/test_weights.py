@@ -1,4 +1,6 @@
 import json
+import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -6,10 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mixfleet_engine import weight_loader
 from mixfleet_engine.checkpoint_mistral import rotary_halves_apart
 from mixfleet_engine.config import ModelConfig
 from mixfleet_engine.errors import CheckpointError
-from mixfleet_engine.weights import WeightLoader, open_checkpoint, weight_shapes
+from mixfleet_engine.weight_loader import WeightLoader
+from mixfleet_engine.weights import open_checkpoint, weight_shapes
+from support.packed_checkpoints import Packing, write_packed_checkpoint
 from support.tiny_model import (
     ExpertStorage,
     MistralFiles,
@@ -109,6 +114,45 @@ def test_progress_counts_every_byte_once(tmp_path: Path) -> None:
     total = sum(tensor.numel() for tensor in hf_tensors(SMALL).values()) * 2
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
     assert calls[-1] == (total, total)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_thread_that_reads_ahead_changes_no_weight(
+    is_packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_packed:
+        write_packed_checkpoint(tmp_path, Packing(method="awq"))
+    else:
+        write_hf_checkpoint(tmp_path, SMALL)
+    config = ModelConfig.from_checkpoint(tmp_path)
+    pinned_in: list[str] = []
+
+    def pinned(tensor: torch.Tensor) -> torch.Tensor:
+        pinned_in.append(threading.current_thread().name)
+        return tensor.clone()
+
+    monkeypatch.setattr(weight_loader, "_pinned", pinned)
+    monkeypatch.setattr(weight_loader, "READ_AHEAD_BYTES", 10_000)
+    found = {}
+    for reads_ahead in (False, True):
+        loader = WeightLoader(
+            open_checkpoint(tmp_path, config),
+            config,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            reads_ahead=reads_ahead,
+        )
+        with closing(loader):
+            # The order in which a model takes them is not quite that of the files.
+            found[reads_ahead] = [loader.tensor(name) for name in in_an_order_of_its_own(config)]
+    assert all(map(torch.equal, found[False], found[True]))
+    assert len(pinned_in) >= len(found[True])
+    assert set(pinned_in) == {"read-ahead"}
+
+
+def in_an_order_of_its_own(config: ModelConfig) -> list[str]:
+    names = list(weight_shapes(config))
+    return [name for pair in zip(names[1::2], names[::2], strict=False) for name in pair]
 
 
 def test_matrix_stacks_matrices(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from mixfleet_engine.config import ModelConfig
 from mixfleet_engine.errors import ConfigError
 from mixfleet_engine.fit import fit_table
 from mixfleet_engine.machines import Machine, named_machines
-from mixfleet_engine.plan import auto_batch_size, plan_memory
+from mixfleet_engine.plan import auto_batch_size, plan_memory, weight_bytes
 from mixfleet_engine.published import PUBLISHED
 from mixfleet_worker.fit_report import (
     FitReport,
@@ -19,6 +20,7 @@ from mixfleet_worker.fit_report import (
     verdict_line,
 )
 from support.memory_machines import machine
+from support.packed_checkpoints import Packing, write_packed_checkpoint
 from support.tiny_model import tiny_config
 
 SMALL, LARGE = PUBLISHED["mixtral-8x7b"], PUBLISHED["mixtral-8x22b"]
@@ -117,6 +119,27 @@ def test_the_verdict_of_a_machine_that_fits_has_every_step_of_the_sum() -> None:
         f"max_batch_size=auto is {auto_batch_size(plan, 32_768)}"
     )
     assert plan.kv_tokens == pytest.approx((60 - 43.497 - 5.6) * (1 << 14), rel=0.001)
+
+
+@pytest.mark.parametrize("has_files", [False, True])
+def test_a_packed_checkpoint_is_planned_as_it_is_unless_told_otherwise(
+    has_files: bool, tmp_path: Path
+) -> None:
+    write_packed_checkpoint(tmp_path, Packing(method="awq"))
+    if not has_files:
+        (tmp_path / "model.safetensors").unlink()
+    model = ModelConfig.from_checkpoint(tmp_path)
+    report = report_of(model, machine(24), context=128)
+    packed, int4 = (weight_bytes(model, dtype) for dtype in ("awq", "int4"))
+    # Scales and zero points, and an output matrix that stays bf16.
+    assert int4 < packed < weight_bytes(model, "bfloat16")
+    assert as_json(report)["weight_bytes"]["awq"] == packed
+    assert report.verdict is not None
+    assert report.verdict.plan is not None
+    assert (report.verdict.plan.weight_dtype, report.verdict.plan.weight_bytes) == ("awq", packed)
+    lines = printed(report)
+    assert f"awq       {packed / (1 << 30):.2f}" in [line.strip() for line in lines]
+    assert len(cells(lines, "1x A100 80GB", "awq")) == 2
 
 
 def test_the_verdict_of_a_machine_that_is_too_small_is_the_refusal() -> None:

@@ -208,6 +208,7 @@ def test_the_token_that_ends_an_answer_is_told_by_its_name() -> None:
     assert EOS is not None
     chunk = chunk_of(publish_one(publisher, with_logprobs(ord("a"), EOS, reason="stop")))
     assert (chunk.text, [one.token for one in chunk.logprobs]) == ("a", [b"a", b"</s>"])
+    assert [one.is_control for one in chunk.logprobs] == [False, True]
 
 
 def test_a_padding_row_of_the_model_has_no_name() -> None:

@@ -66,9 +66,26 @@ local function note_run(job_id, worker_id, reason, num_tokens)
   redis.call('HSET', key.job(job_id), 'mf_history', cmsgpack.pack(history))
 end
 
+-- A job whose answer is a stored response is kept as long as that one; 0 s: it is none.
+local MAX_KEEP_S = 3650 * 86400
+local LONGEST_WAIT_S = 31 * 86400 -- longer than any job may take
+local function kept_s(job_id)
+  return math.min(MAX_KEEP_S, count(job_fields(job_id, 'mf_keep')[1], 0))
+end
+
+-- Let the stored response of a job that is queued outlive its waiting; its time begins at the end.
+local function hold_response(job_id)
+  local keep_s = kept_s(job_id)
+  if keep_s > 0 then redis.call('EXPIRE', key.response(job_id), whole(keep_s + LONGEST_WAIT_S)) end
+end
+
 -- End a job: its state, its registry, its times to live and its last event.
 local function settle(job_id, status, body, ttl_s, channel_ttl_s)
-  local said = cmsgpack.unpack(body)
+  local said, keep_s = cmsgpack.unpack(body), kept_s(job_id)
+  if keep_s > 0 then
+    ttl_s, channel_ttl_s = math.max(ttl_s, keep_s), math.max(channel_ttl_s, keep_s)
+    redis.call('EXPIRE', key.response(job_id), whole(keep_s))
+  end
   redis.call('HSET', key.job(job_id), 'status', status, 'ended_at', iso_now(),
     'mf_reason', said.c or said.r or '', 'mf_message', said.m or '')
   redis.call('HDEL', key.job(job_id), 'mf_place')

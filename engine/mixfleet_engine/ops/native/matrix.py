@@ -89,6 +89,11 @@ def _parts(weight: Weight) -> tuple[Tensor, Tensor | None, int]:
     """Return values, scales and format of a weight, contiguous on the CPU."""
     if isinstance(weight, Tensor) and weight.dtype == torch.bfloat16:
         return weight.cpu().contiguous(), None, BF16
+    if isinstance(weight, Int4Weight) and weight.zeros is not None:
+        raise ConfigError(
+            "int4 weights with zero points: the native back-end takes symmetric ones; "
+            "weight_dtype=int8 converts them, backend=cpu runs them as they are"
+        )
     if isinstance(weight, Int8Weight | Int4Weight):
         form = INT8 if isinstance(weight, Int8Weight) else INT4
         scales = weight.scales.cpu().float().contiguous()

@@ -7,7 +7,7 @@ import torch
 from mixfleet_engine.errors import ConfigError
 from mixfleet_engine.ops.native.linear import NativeLinear
 from mixfleet_engine.ops.native.matrix import PackedMatrices
-from mixfleet_engine.quantise import Fp8Weight, dequantise, quantise
+from mixfleet_engine.quantise import Fp8Weight, Int4Weight, dequantise, quantise
 from mixfleet_engine.weight_formats import WeightFormat
 from support.native_cases import FORMS, Case, Form, make_case, native_library, random, rounded
 
@@ -134,6 +134,10 @@ def test_the_packed_matrix_is_a_copy(form: Form) -> None:
         (torch.zeros(4, 4), "torch.float32"),
         (torch.zeros(4, 4, dtype=torch.float16), "torch.float16"),
         (Fp8Weight(values=torch.zeros(4, 4), scales=torch.ones(4)), "Fp8Weight"),
+        (
+            Int4Weight(values=torch.zeros(4, 2), scales=torch.ones(4, 1), zeros=torch.ones(4, 1)),
+            "zero points: the native back-end takes symmetric ones; weight_dtype=int8",
+        ),
     ],
 )
 def test_another_dtype_is_refused_by_name(weight: Any, name: str) -> None:
