@@ -104,12 +104,15 @@ def test_a_row_of_a_sum_does_not_depend_on_the_number_of_rows(probes: list[dict[
 def test_all_ranks_see_the_same_bits(probes: list[dict[str, Any]]) -> None:
     assert probes[0]["sums"] == probes[1]["sums"] == probes[2]["sums"]
     assert probes[0]["narrow"] == probes[1]["narrow"] == probes[2]["narrow"]
+    assert probes[0]["added"] == probes[1]["added"] == probes[2]["added"]
 
 
 def test_narrow_parts_are_summed_up_wide(probes: list[dict[str, Any]]) -> None:
     parts = [numbers(rank, 4).bfloat16().float() for rank in range(3)]
     assert probes[0]["narrow_dtype"] == "torch.float32"
-    assert torch.equal(torch.tensor(probes[0]["narrow"]), parts[0] + parts[1] + parts[2])
+    total = parts[0] + parts[1] + parts[2]
+    assert torch.equal(torch.tensor(probes[0]["narrow"]), total)
+    assert torch.equal(torch.tensor(probes[0]["added"]), numbers(3, 4) + total)
 
 
 def test_only_the_first_rank_gets_the_logits_of_an_uneven_vocabulary(
