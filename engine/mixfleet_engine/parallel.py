@@ -217,8 +217,9 @@ class TensorParallel:
             if kind is None and self._shard.rank == 0:
                 self.send([])
         finally:
-            for release in self._releases:
-                release()
+            while self._releases:
+                # Out of the list: what it would keep alive keeps this object and its groups alive.
+                self._releases.pop()()
             # After an error as well: torch may abort a process that ends with its groups open.
             dist.destroy_process_group()
 

@@ -1,8 +1,8 @@
 """Sums of decode steps over memory that all GPUs of a group map: experimental, see below.
 
-A decode step sums a few rows 64 times and more, and what each sum costs over NCCL is its two or
-three launches and rounds. Here a rank writes its part where the others can read it, waits for all
-to have done so, and reads theirs: the order of the additions is ours as before, hence the bits.
+A decode step sums up a few rows 64 times and more, and over NCCL each time costs a gathering, not
+the bytes. Here a rank writes its part where the others can read it, waits until all have done so,
+and reads theirs. The order of the additions is ours as before, so the bits are the same.
 
 **Turns.** Two places take turns. A rank that enters the barrier of one sum has read all that it
 wanted of the sum before, so after that barrier the other place is free. That holds across steps,

@@ -43,6 +43,7 @@ def probe(ranks: Ranks) -> dict[str, object]:
     rank, world = ranks.shard.rank, ranks.shard.world
     sums = [ranks.sum(numbers(rank, num_rows)).tolist() for num_rows in NUM_ROWS]
     narrow = ranks.sum(numbers(rank, 4).bfloat16())
+    ranks.share_memory(4, WIDTH, torch.bfloat16)
     added = numbers(world, 4)
     ranks.add_sum(added, numbers(rank, 4).bfloat16())
     received = []

@@ -184,7 +184,7 @@ def sums_up_wrongly(shared: SharedBlocks, needs: BufferNeeds) -> Callable[[], Ha
     [
         (fails_to_allocate, {"another rank cannot", "no function empty_strided_p2p"}),
         (fails_to_meet, {"another rank cannot", "CUDA driver error: no peer access"}),
-        (sums_up_wrongly, {f"a trial sum gave {n} in place of 1" for n in (0, 1)}),
+        (sums_up_wrongly, {f"a trial sum gave {n} in place of {n + 1}" for n in (0, 2)}),
     ],
 )
 def test_where_one_rank_cannot_all_go_on_without(
