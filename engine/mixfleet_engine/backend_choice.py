@@ -24,7 +24,8 @@ def choose_backend(
 ) -> Backend:
     """Return the back-end that ``config`` means.
 
-    ``auto`` on a CPU is the native one where it runs, else plain torch; the log says why.
+    ``auto`` on a CPU is the native one where it runs, and on a GPU the one of Triton kernels, else
+    plain torch; the log says why.
 
     Raises:
         ConfigError: What was asked for by name does not run here.
@@ -32,8 +33,10 @@ def choose_backend(
     name = config.backend
     if name in ("cpu", "native") and device.type != "cpu":
         raise ConfigError(f"backend={name!r}: does not run on device={str(device)!r}")
-    if name == "reference" or device.type != "cpu":
+    if name == "reference":
         return TorchBackend(ReferenceOps())
+    if name == "cuda" or device.type != "cpu":
+        return _cuda_or_plain(config, model, dtype, device)
     if name == "cpu":
         return TorchBackend(CpuOps(dtype))
     try:
@@ -43,6 +46,31 @@ def choose_backend(
             raise ConfigError(f"backend='native': {error}") from error
         logger.info("plain torch computes, for the native back-end is not available: %s", error)
         return TorchBackend(CpuOps(dtype))
+
+
+def _cuda_or_plain(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> Backend:
+    try:
+        return _cuda(config, model, dtype, device)
+    except (ConfigError, ImportError) as error:
+        if config.backend == "cuda":
+            raise ConfigError(f"backend='cuda': {error}") from error
+        logger.warning("plain torch computes, which is slow on a GPU: %s", error)
+        return TorchBackend(ReferenceOps())
+
+
+def _cuda(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> Backend:
+    # Imported here: other back-ends need no Triton, and importing it decides how kernels run.
+    from mixfleet_engine.ops.cuda.backend import CudaBackend, check_runs
+
+    with_fp8 = "fp8" in (config.weight_dtype, config.kv_dtype)
+    check_runs(device, dtype, head_dim=model.head_dim, with_fp8=with_fp8)
+    return CudaBackend(
+        dtype, device, batch_invariant=config.batch_invariant, tuning_s=config.tuning_s
+    )
 
 
 def _native(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, threads: int) -> Backend:

@@ -19,7 +19,7 @@ from mixfleet_engine.errors import CheckpointError, ConfigError
 from mixfleet_engine.packed_format import PackedFormat, packed_format
 
 Layout = Literal["mistral", "hf"]
-Backend = Literal["auto", "reference", "cpu", "native"]
+Backend = Literal["auto", "reference", "cpu", "native", "cuda"]
 WeightDtype = Literal["auto", "fp8", "int8", "int4"]
 KvDtype = Literal["auto", "fp8"]
 
@@ -156,6 +156,14 @@ class EngineConfig:
     symmetric_memory: bool = False
     """Experimental: up to 8 GPUs of one machine sum up decode steps in memory that they share, in
     place of NCCL; where they cannot, a warning says why. torch calls its interface alpha."""
+    batch_invariant: bool = True
+    """Whether an answer's last bits may not hang on who else is in the batch, where the back-end
+    has faster ways for few sequences."""
+    cuda_graphs: bool = True
+    """Whether decode steps are recorded on a GPU, so that the host says them only once."""
+    tuning_s: float = 15.0
+    """Longest time that a process spends on the choice of tiles for a GPU; what is chosen is kept
+    on disk, and the next process goes on from there. 0: only what is there, else defaults."""
     threads: int | None = None
     """CPU threads; None: torch's own default, less one core for what runs beside the engine."""
 
@@ -179,8 +187,7 @@ class EngineConfig:
         _check_word("backend", self.backend, get_args(Backend))
         _check_word("weight_dtype", self.weight_dtype, get_args(WeightDtype))
         _check_word("kv_dtype", self.kv_dtype, get_args(KvDtype))
-        if not 0 < self.itl_target_s < math.inf:
-            raise ConfigError(f"itl_target_s={self.itl_target_s}: must be above 0, and finite")
+        _check_seconds(self.itl_target_s, self.tuning_s)
         if self.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device={self.device!r}: must be auto, cpu, cuda or cuda:N")
 
@@ -207,6 +214,13 @@ _OPTIONAL_COUNTS = ("num_blocks", "kv_cache_bytes", "context_length", "threads")
 def _check_at_least_one(name: str, value: int) -> None:
     if value < 1:
         raise ConfigError(f"{name}={value}: must be at least 1")
+
+
+def _check_seconds(itl_target_s: float, tuning_s: float) -> None:
+    if not 0 < itl_target_s < math.inf:
+        raise ConfigError(f"itl_target_s={itl_target_s}: must be above 0, and finite")
+    if not 0 <= tuning_s < math.inf:
+        raise ConfigError(f"tuning_s={tuning_s}: must be at least 0, and finite")
 
 
 def _check_threads(threads: int | None) -> None:

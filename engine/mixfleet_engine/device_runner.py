@@ -24,7 +24,7 @@ from mixfleet_engine.device_draw import (
 from mixfleet_engine.kv_cache import KvCache
 from mixfleet_engine.launch import Computed, Launch
 from mixfleet_engine.model import MixtralModel
-from mixfleet_engine.sampler import Sampler
+from mixfleet_engine.runner import ModelRunner
 from mixfleet_engine.step import PlannedChunk, SampledToken, StepPlan
 
 
@@ -44,8 +44,8 @@ class TokensOnTheirWay:
         return [SampledToken(token_id) for token_id in self.tokens.tolist()]
 
 
-class DeviceRunner:
-    """A model and its KV cache; implements :class:`~mixfleet_engine.engine.Runner`.
+class DeviceRunner(ModelRunner):
+    """A model and its KV cache on a device that works on its own.
 
     Args:
         model: The weights; its back-end must do without a look at the host.
@@ -66,17 +66,14 @@ class DeviceRunner:
         max_rows: int,
         context_length: int,
     ) -> None:
-        self._model = model
-        self._cache = cache
-        self._device = device
-        self._sampler = Sampler()
+        super().__init__(model, cache, device)
         self._samples = model.ranks.shard.rank == 0
-        self._last = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
         """What the last launch sampled, in the plan's order."""
         self._steps = DecodeSteps(
             lambda batch: model.forward(batch, cache),
             recorder,
-            self._last,
+            self._tokens,
             max_rows=max_rows,
             context_length=context_length,
             block_size=cache.block_size,
@@ -85,16 +82,6 @@ class DeviceRunner:
             is_shared=model.ranks.shard.world > 1,
         )
         model.ranks.on_end(self._steps.forget)
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of KV cache."""
-        return self._cache.num_blocks
-
-    @property
-    def block_size(self) -> int:
-        """Tokens per block."""
-        return self._cache.block_size
 
     @property
     def recorded(self) -> tuple[StepShape, ...]:
@@ -123,10 +110,6 @@ class DeviceRunner:
         self._keep(found)
         return self._on_their_way(found)
 
-    def run(self, plan: StepPlan) -> list[SampledToken]:
-        """Launch the plan and wait for its tokens."""
-        return self.launch(plan).read()
-
     def _ending(self, sampling: Sequence[PlannedChunk]) -> Sampling:
         if not self._samples or not all(draws_on_device(chunk) for chunk in sampling):
             return "none"
@@ -138,7 +121,7 @@ class DeviceRunner:
         is_decode = len(sampling) == len(chunks) and all(len(c.token_ids) == 1 for c in chunks)
         if is_decode and self._steps.takes(len(chunks)):
             return self._steps.run(chunks, [_row(chunk) for chunk in chunks], ending)
-        logits = self._logits(plan)
+        logits = self._logits_of(plan)
         if ending == "none" or len(logits) == 0:
             return logits
         if ending == "greedy":
@@ -148,7 +131,7 @@ class DeviceRunner:
         columns = torch.tensor(settings, dtype=torch.float64).T.contiguous()
         return draw_tokens(logits, on_device(columns, self._device))
 
-    def _logits(self, plan: StepPlan) -> Tensor:
+    def _logits_of(self, plan: StepPlan) -> Tensor:
         batch = make_batch(plan, self.block_size, self._device)
         pairs = [
             (first, _row(chunk))
@@ -158,12 +141,12 @@ class DeviceRunner:
         if pairs:
             rows, unread = on_device(torch.tensor(pairs).T.contiguous(), self._device)
             # What was no token has ended its sequence; its row runs on for nobody.
-            carried = self._last[unread].clamp_min(0)
+            carried = self._tokens[unread].clamp_min(0)
             batch = replace(batch, token_ids=batch.token_ids.index_copy(0, rows, carried))
         return self._model.forward(batch, self._cache)
 
     def _keep(self, token_ids: Tensor) -> None:
-        self._last[: len(token_ids)] = token_ids
+        self._tokens[: len(token_ids)] = token_ids
 
     def _on_their_way(self, token_ids: Tensor) -> Launch:
         if self._device.type != "cuda":

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from mixfleet_engine.backend_choice import choose_backend
+from mixfleet_engine.capture import CudaGraphRecorder, NoRecorder
 from mixfleet_engine.config import EngineConfig, ModelConfig
 from mixfleet_engine.decode_step import buckets
+from mixfleet_engine.device_runner import DeviceRunner
 from mixfleet_engine.devices import machine_of, measured_free_bytes
 from mixfleet_engine.engine import Engine
 from mixfleet_engine.errors import ConfigError
@@ -55,7 +57,7 @@ def load_engine(
     """
     model = ModelConfig.from_checkpoint(path)
     ranks = ranks or OneRank()
-    pipelined = _is_pipelined(config, ranks.shard.world)
+    is_pipelined = _is_pipelined(config, ranks.shard.world)
     sizes = planned_sizes(model, config, ranks.shard.world)
     runner = load_runner(path, config, progress, ranks)
     scheduler = Scheduler(
@@ -72,7 +74,7 @@ def load_engine(
     return Engine(
         LeadingRunner(runner, ranks) if ranks.shard.world > 1 else runner,
         scheduler,
-        pipelined=pipelined,
+        pipelined=is_pipelined,
     )
 
 
@@ -159,8 +161,19 @@ def make_runner(
         *(num_blocks, config.block_size),
     )
     _warn_of_short_cache(num_blocks * config.block_size, config.context_of(model))
+    max_rows = ranks.lowest(engine_sizes(plan, config, model).max_batch_size, is_loaded=True)
     ranks.wait_for_loaded()
-    return ModelRunner(loaded, cache, device)
+    if backend_name != "cuda":
+        return ModelRunner(loaded, cache, device)
+    records = device.type == "cuda" and config.cuda_graphs
+    return DeviceRunner(
+        loaded,
+        cache,
+        device,
+        CudaGraphRecorder() if records else NoRecorder(),
+        max_rows=max_rows,
+        context_length=config.context_of(model),
+    )
 
 
 def _load_model(

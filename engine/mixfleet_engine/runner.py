@@ -6,7 +6,7 @@ import torch
 
 from mixfleet_engine.batch import make_batch
 from mixfleet_engine.kv_cache import KvCache
-from mixfleet_engine.launch import Computed
+from mixfleet_engine.launch import Computed, Launch
 from mixfleet_engine.model import MixtralModel
 from mixfleet_engine.sampler import Sampler
 from mixfleet_engine.step import PlannedChunk, SampledToken, StepPlan
@@ -51,7 +51,7 @@ class ModelRunner:
         return self._model.forward(batch, self._cache)
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> Computed:
+    def launch(self, plan: StepPlan) -> Launch:
         """Compute the plan at once.
 
         Its tokens are in the KV cache afterwards.

@@ -1,5 +1,7 @@
 """Attention over the paged cache against the plain computation, one sequence after the other."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -143,7 +145,7 @@ def test_a_token_has_the_same_bits_whatever_step_computes_it(dtype: torch.dtype)
     whole = Step([(0, length)], dtype=dtype, heads=8)
     expected = whole.attend()
     for cuts in ([0, 1, 2, 40, 64, length], [0, 33, 74, length]):
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in pairwise(cuts):
             # Beside another sequence, for the grid to be another one.
             step = Step([(start, end - start), (90, 2)], dtype=dtype, heads=8)
             step.q[: end - start] = whole.q[start:end]

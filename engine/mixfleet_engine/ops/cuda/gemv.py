@@ -191,7 +191,7 @@ def _rows(
         return _int4_rows(
             x_ptr, w_ptr, scales_ptr, zeros_ptr, n, ROWS, K, BLOCK_N, BLOCK_K, GROUP_K, WORDS, PTX
         )
-    elif FORM == "int8":
+    elif FORM == "int8":  # noqa: RET505
         found = _int8_rows(x_ptr, w_ptr, n, K, BLOCK_N, BLOCK_K, GROUP_K, WORDS, PTX)
         return found * tl.load(scales_ptr + n)
     else:
