@@ -1,6 +1,6 @@
 """What the parts of a stage share, and what a part is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,5 +55,6 @@ class Part:
     name: str
     needed_s: float
     """It is not begun with less time left."""
-    measure: Callable[[Bench, Figures], None]
-    """Fills the figures as it goes: what was measured before an error counts."""
+    measure: Callable[[Bench, Figures], Iterator[None] | None]
+    """Fills the figures as it goes: what was measured before an error counts. If it takes long, it
+    yields whenever there is more to be saved."""

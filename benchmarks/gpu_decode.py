@@ -6,7 +6,7 @@ is prefilled once; what is prefilled for a batch is timed.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from benchmarks.gpu_budget import Budget
@@ -23,8 +23,8 @@ _LEAST_S: Final = 10.0
 
 def decode_table(
     loaded: Loaded, batches: Sequence[int], rates: Rates | None, budget: Budget, found: Figures
-) -> None:
-    """Fill ``found`` batch by batch: ``decode``, ``prefill``, ``same_answers``.
+) -> Iterator[None]:
+    """Fill ``decode``, ``prefill`` and ``same_answers`` of ``found``; yield after each batch.
 
     ``same_answers`` is whether every answer that ran in several batches began with the same tokens
     in all of them. The rate of the prefill is that of the largest share that was prefilled at once.
@@ -44,6 +44,7 @@ def decode_table(
         num_prefilled = batch
         found["prefill"] = prefill_row(loaded, len(new), seconds, rates)
         rows[str(batch)] = _decode(loaded, driver, prompts[:batch], rates, answers, found)
+        yield
         driver.stop()
 
 

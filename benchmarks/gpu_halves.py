@@ -5,7 +5,7 @@ are recorded once and replayed, so the host does not count. Attention includes i
 beside the KV cache, and the experts' half the router.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -34,8 +34,11 @@ _LEAST_S: Final = 5.0
 @torch.inference_mode()
 def half_layers(
     loaded: Loaded, batches: Sequence[int], rates: Rates | None, budget: Budget, found: Figures
-) -> None:
-    """Fill ``found`` by batch with the seconds of each kind, all layers together."""
+) -> Iterator[None]:
+    """Fill ``found`` by batch with the seconds of each kind, all layers together.
+
+    Yields after each batch.
+    """
     recorder = CudaGraphRecorder() if loaded.device.type == "cuda" else NoRecorder()
     for batch in batches:
         if shortage := budget.shortage(_LEAST_S):
@@ -50,6 +53,7 @@ def half_layers(
             rows[name] = {"seconds": device_seconds(recorded, loaded.device, repeats=_REPEATS)}
         if rates:
             _add_floors(loaded, batch, rates, rows)
+        yield
 
 
 def calls(loaded: Loaded, batch: int) -> dict[str, Callable[[], None]]:

@@ -23,6 +23,8 @@ PRODUCTS: Final = ("qkv", "wo", "up", "down")
 """Of a layer, in order."""
 _PRODUCT_WORDS: Final = ("gemm", "gemv")
 _ATTENTION_WORDS: Final = ("atten", "decode")
+_NO_KERNELS: Final = (" Sync", "Buffer")
+"""In the names of what the profiler shows on a device beside kernels."""
 _REPEATS: Final = 5
 
 
@@ -49,7 +51,9 @@ def profiled(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     events: list[Any] = [
-        event for event in profiler.events() or [] if event.device_type.name == kind
+        event
+        for event in profiler.events() or []
+        if event.device_type.name == kind and not any(word in event.name for word in _NO_KERNELS)
     ]
     events.sort(key=lambda event: event.time_range.start)
     launches = [Kernel(short(event.name), event.time_range.elapsed_us() / 1e6) for event in events]

@@ -51,7 +51,9 @@ def _fp8_seconds(matrix: torch.Tensor) -> float:
     one = torch.ones((), device=a.device)
 
     def work() -> None:
-        torch._scaled_mm(a, a.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        torch._scaled_mm(
+            a, a.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
 
     work()
     return device_seconds(work, a.device, repeats=_REPEATS, at_once=4)

@@ -4,7 +4,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from benchmarks.gpu_budget import Budget
@@ -73,12 +73,12 @@ def offline(loaded: Loaded, traffic: Traffic, budget: Budget, found: Figures) ->
     driver.stop()
 
 
-def itl_beside_prefill(loaded: Loaded, budget: Budget, found: Figures) -> None:
+def itl_beside_prefill(loaded: Loaded, budget: Budget, found: Figures) -> Iterator[None]:
     """Fill ``found``: ITL of running answers alone, and while one long prompt is prefilled.
 
     Once with the default target for a step's time, and once each with targets near to the idle
     ITL. The smaller the target, the longer the long prompt waits for its first token, so that is
-    measured too.
+    measured too. Yields after each.
     """
     idle = _beside(loaded, None, budget)
     found |= {"idle_p50_s": idle["p50_s"], "idle_p99_s": idle["p99_s"]}
@@ -88,6 +88,7 @@ def itl_beside_prefill(loaded: Loaded, budget: Budget, found: Figures) -> None:
         row = _beside(loaded, target_s, Budget(min(budget.deadline, time.time() + _MOST_RUN_S)))
         row["p99_of_idle"] = row["p99_s"] / idle["p50_s"]
         runs.append(row)
+        yield
 
 
 def _beside(loaded: Loaded, target_s: float | None, budget: Budget) -> Figures:

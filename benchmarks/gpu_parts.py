@@ -1,6 +1,6 @@
 """The parts of each stage of the GPU benchmark, in order."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 import torch
@@ -27,21 +27,22 @@ def _machine(bench: Bench, found: Figures) -> None:
     found["rates"] = measure_rates(bench.scale, bench.device)
 
 
-def _decode(bench: Bench, found: Figures) -> None:
+def _decode(bench: Bench, found: Figures) -> Iterator[None]:
     loaded = bench.loaded
-    decode_table(loaded, loaded.scale.batches, bench.rates, bench.budget, found)
+    return decode_table(loaded, loaded.scale.batches, bench.rates, bench.budget, found)
 
 
-def _compared(bench: Bench, found: Figures) -> None:
+def _compared(bench: Bench, found: Figures) -> Iterator[None]:
     batches = bench.scale.compared_batches
-    decode_table(bench.loaded, batches, bench.rates, bench.budget, found)
+    return decode_table(bench.loaded, batches, bench.rates, bench.budget, found)
 
 
-def _halves(bench: Bench, found: Figures) -> None:
-    half_layers(bench.loaded, bench.scale.kernel_batches, bench.rates, bench.budget, found)
+def _halves(bench: Bench, found: Figures) -> Iterator[None]:
+    loaded, batches = bench.loaded, bench.scale.kernel_batches
+    return half_layers(loaded, batches, bench.rates, bench.budget, found)
 
 
-def _kernels(bench: Bench, found: Figures) -> None:
+def _kernels(bench: Bench, found: Figures) -> Iterator[None]:
     loaded, scale = bench.loaded, bench.scale
     for batch in scale.kernel_batches:
         work = decode_work(
@@ -53,10 +54,11 @@ def _kernels(bench: Bench, found: Figures) -> None:
         )
         kernels = profiled(unrecorded_step(loaded, batch), loaded.device)
         found[str(batch)] = kernel_table(kernels, scale.model.n_layers, work, bench.rates)
+        yield
 
 
-def _itl(bench: Bench, found: Figures) -> None:
-    itl_beside_prefill(bench.loaded, bench.budget, found)
+def _itl(bench: Bench, found: Figures) -> Iterator[None]:
+    return itl_beside_prefill(bench.loaded, bench.budget, found)
 
 
 def bf16_scale(bench: Bench) -> Scale:
@@ -94,7 +96,9 @@ def stages(scale: Scale) -> dict[str, tuple[Part, ...]]:
     """Return the parts of each stage, in order; the seconds are those of one H100, guessed."""
     small = 0.0 if scale is TINY else 1.0  # what is tiny needs no time
 
-    def part(name: str, needed_s: float, measure: Callable[[Bench, Figures], None]) -> Part:
+    def part(
+        name: str, needed_s: float, measure: Callable[[Bench, Figures], Iterator[None] | None]
+    ) -> Part:
         return Part(name=name, needed_s=needed_s * small, measure=measure)
 
     offline_s = {"1000/1000": 45.0, "128/128": 20.0, "mix": 25.0}

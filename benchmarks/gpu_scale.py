@@ -99,12 +99,12 @@ FULL: Final = Scale(
 )
 TINY: Final = Scale(
     model=ModelConfig(
-        dim=256,
+        dim=128,
         n_layers=2,
-        n_heads=4,
+        n_heads=2,
         n_kv_heads=1,
         head_dim=128,
-        hidden_dim=256,
+        hidden_dim=128,
         vocab_size=512,
         num_experts=4,
         experts_per_token=2,

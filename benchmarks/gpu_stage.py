@@ -56,7 +56,7 @@ def run_parts(bench: Bench, parts: tuple[Part, ...], save: Callable[[Figures], N
     Args:
         bench: What they share.
         parts: In order.
-        save: Called with all figures after each part.
+        save: Called with all figures whenever there are more, and after each part.
     """
     results: Figures = {}
     for part in parts:
@@ -65,16 +65,17 @@ def run_parts(bench: Bench, parts: tuple[Part, ...], save: Callable[[Figures], N
         if shortage := bench.budget.shortage(part.needed_s):
             found["skipped"] = shortage
         else:
-            _measure(bench, part, found)
+            _measure(bench, part, found, lambda: save(results))
         save(results)
         _free(bench.device)
     return results
 
 
-def _measure(bench: Bench, part: Part, found: Figures) -> None:
+def _measure(bench: Bench, part: Part, found: Figures, save: Callable[[], None]) -> None:
     left_s = bench.budget.left_s
     try:
-        part.measure(bench, found)
+        for _ in part.measure(bench, found) or ():
+            save()
     except NotMeasurableError as error:
         found["skipped"] = str(error)
     except Exception as error:  # whatever a kernel, a compiler or the memory may do
