@@ -3,25 +3,25 @@
 import torch
 
 from mixfleet_engine.ops.cuda.alignment import Alignment
-from mixfleet_engine.ops.cuda.gemm import Rows, dense, experts_down, experts_up
-from mixfleet_engine.ops.cuda.packed import Form, PackedWeight
+from mixfleet_engine.ops.cuda.gemm import STEP, Rows, dense, experts_down, experts_up
+from mixfleet_engine.ops.cuda.packed import WORDS, Form, PackedWeight
 from mixfleet_engine.ops.cuda.quant import empty_rows
 from mixfleet_engine.ops.cuda.tiles import default_tiles
 
 META = torch.device("meta")
 SHARED = 163 << 10
 """What a program may have on compute capability 8.0."""
-TYPES = {"plain": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+TYPES = {"plain": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
 def weight(form: Form, count: int, n: int, k: int) -> PackedWeight:
-    groups = k // 128
-    stored = (count, n, k // 2) if form == "int4" else (count, n, k)
+    groups = k // STEP
+    stored = (count, n, groups * WORDS.get(form, STEP))
     return PackedWeight(
         form=form,
         n=n,
         k=k,
-        values=torch.empty(stored, dtype=TYPES.get(form, torch.uint8), device=META),
+        values=torch.empty(stored, dtype=TYPES.get(form, torch.int16), device=META),
         scales=None
         if form == "plain"
         else torch.empty((count, groups, n) if form == "int4" else (count, n), device=META),

@@ -78,7 +78,7 @@ def resources(kernel: Any) -> dict[str, Any]:
             [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
         ).stdout
     registers = re.search(r"REG:(\d+)", text)
-    spilled = re.search(r"LOCAL:(\d+)", text)
+    spilled = re.search(r"STACK:(\d+)", text)
     assert registers is not None, text
     assert spilled is not None, text
     return {

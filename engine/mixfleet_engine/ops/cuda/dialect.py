@@ -40,8 +40,8 @@ def from_integers(numbers, dtype: tl.constexpr):
 def rounded(values, dtype: tl.constexpr):
     """Return fp32 ``values`` in ``dtype``, the nearest, of two that are equally near the even one.
 
-    They must not lie beyond the largest of ``dtype``; NaN stays NaN. The interpreter would cut off
-    what bf16 has no room for, and lose carries and NaN of fp8. So there they are rounded before.
+    They must not round to beyond the largest of ``dtype``; NaN stays NaN. The interpreter would cut
+    off what bf16 has no room for, and lose carries and NaN of fp8: there they are rounded before.
     """
     if INTERPRETED:
         bits = values.to(tl.int32, bitcast=True)

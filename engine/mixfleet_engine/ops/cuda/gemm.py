@@ -26,10 +26,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mixfleet_engine.ops.cuda.alignment import Alignment
-from mixfleet_engine.ops.cuda.dialect import INTERPRETED, from_integers, product, rounded
-from mixfleet_engine.ops.cuda.packed import HALF, PackedWeight
+from mixfleet_engine.ops.cuda.dialect import INTERPRETED, product, rounded
+from mixfleet_engine.ops.cuda.packed import WORDS, PackedWeight
 from mixfleet_engine.ops.cuda.quant import QuantisedRows
 from mixfleet_engine.ops.cuda.tiles import Tiles
+from mixfleet_engine.ops.cuda.unpack import int4_tile, int8_tile
 from mixfleet_engine.weight_formats import INT4_GROUP
 
 STEP: Final = INT4_GROUP
@@ -152,48 +153,13 @@ def _launch(
         BLOCK_N=tiles.block_n,
         BLOCK_T=tiles.block_t,
         BLOCK_K=STEP,
-        HALF_K=HALF,
+        WORDS=WORDS.get(weight.form, STEP),
         GROUP=tiles.group,
+        STAGES=tiles.num_stages,
         PTX=tiles.ptx and values.dtype == torch.bfloat16,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-
-
-@triton.jit
-def nibbles(packed, zeros, dtype: tl.constexpr, PTX: tl.constexpr):
-    """Return the low and the high numbers of bytes ``[N, J]`` less ``zeros`` ``[N, 1]``, exact.
-
-    In PTX a number q becomes the bf16 number 128 + q by putting it below the byte 0x43, four bytes
-    at a time; 128 plus the zero point is taken off after that.
-    """
-    if PTX and not INTERPRETED:
-        low, high = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 lo, hi;
-            and.b32 lo, $4, 0x0F0F0F0F;
-            shr.u32 hi, $4, 4;
-            and.b32 hi, hi, 0x0F0F0F0F;
-            prmt.b32 $0, lo, 0x43434343, 0x4140;
-            prmt.b32 $1, lo, 0x43434343, 0x4342;
-            prmt.b32 $2, hi, 0x43434343, 0x4140;
-            prmt.b32 $3, hi, 0x43434343, 0x4342;
-            }
-            """,
-            "=r,=r,=r,=r,r",
-            [packed],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
-        )
-        off = (zeros + 128.0).to(tl.bfloat16)
-        return low - off, high - off
-    else:  # noqa: RET505
-        whole = zeros.to(tl.int8)
-        low = (packed & 15).to(tl.int8) - whole
-        high = (packed >> 4).to(tl.int8) - whole
-        return from_integers(low, dtype), from_integers(high, dtype)
 
 
 @triton.jit
@@ -217,8 +183,9 @@ def _gemm(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    HALF_K: tl.constexpr,
+    WORDS: tl.constexpr,
     GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """One tile ``[BLOCK_N, BLOCK_T]`` of the result, turned on its side."""
@@ -230,9 +197,9 @@ def _gemm(
     n = (first + inside % size) * BLOCK_N + tl.arange(0, BLOCK_N)
     tile = inside // size
     slots = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-    expert = 0
+    expert = tl.zeros([], tl.int64)
     if tile_experts_ptr is not None:
-        expert = tl.load(tile_experts_ptr + tile)
+        expert = tl.load(tile_experts_ptr + tile).to(tl.int64)
         if expert < 0:
             return
         slots = tl.load(slots_ptr + slots)
@@ -244,85 +211,45 @@ def _gemm(
     if N % BLOCK_N != 0:
         n_row = tl.minimum(n, N - 1)
 
-    MATRICES: tl.constexpr = 2 if SWIGLU else 1
-    ROWS: tl.constexpr = N * MATRICES
-    expert = expert.to(tl.int64) if tile_experts_ptr is not None else tl.zeros([], tl.int64)
-    w_ptr += expert * ROWS * (K if FORM != "int4" else (K + BLOCK_K - 1) // BLOCK_K * HALF_K)
+    ROWS: tl.constexpr = N * (2 if SWIGLU else 1)
+    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    # Words are there for whole steps, numbers up to K.
+    WIDTH: tl.constexpr = STEPS * WORDS if FORM == "int4" or FORM == "int8" else K
+    RAGGED: tl.constexpr = K % BLOCK_K != 0
     dtype: tl.constexpr = x_ptr.dtype.element_ty
+    columns = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + x_rows[None, :] * K + columns[:, None]
+    w_ptrs = w_ptr + expert * ROWS * WIDTH + n_row[:, None] * WIDTH + tl.arange(0, WORDS)[None, :]
+    if scales_ptr is not None:
+        scales_ptr += expert * ROWS * (STEPS if FORM == "int4" else 1) + n_row
+    if zeros_ptr is not None:
+        zeros_ptr += expert * ROWS * STEPS + n_row
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     acc_up = acc
-    GROUPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    if FORM == "int4":
-        half = tl.arange(0, HALF_K)
-        scales_ptr += expert * GROUPS * ROWS
-        scale = tl.load(scales_ptr + n_row)
-        scale_up = scale
+    # With its own num_stages, a loop keeps the scales' loads on their way like all others.
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        inside_k = step * BLOCK_K + columns < K
+        if RAGGED:
+            x = tl.load(x_ptrs + step * BLOCK_K, mask=inside_k[:, None], other=0.0)
+        else:
+            x = tl.load(x_ptrs + step * BLOCK_K)
+        acc = _added(
+            acc, x, w_ptrs + step * WORDS, scales_ptr, zeros_ptr, step * ROWS, inside_k,
+            FORM, RAGGED, dtype, PTX,
+        )  # fmt: skip
         if SWIGLU:
-            scale_up = tl.load(scales_ptr + N + n_row)
-        x_ptrs = x_ptr + x_rows[None, :] * K + half[:, None]
-        w_ptrs = w_ptr + n_row[:, None] * (GROUPS * HALF_K) + half[None, :]
-        zero = tl.full([BLOCK_N], 8.0, tl.float32)
-        zero_up = zero
-        if zeros_ptr is not None:
-            zeros_ptr += expert * GROUPS * ROWS
-        for group in range(GROUPS):
-            # The next group's scales are on their way while this one is multiplied.
-            following = tl.minimum(group + 1, GROUPS - 1) * ROWS
-            next_scale = tl.load(scales_ptr + following + n_row)
-            if zeros_ptr is not None:
-                zero = tl.load(zeros_ptr + group * ROWS + n_row)
-            if K % BLOCK_K == 0:
-                x_low = tl.load(x_ptrs + group * BLOCK_K)
-                x_high = tl.load(x_ptrs + group * BLOCK_K + HALF_K)
-            else:
-                column = group * BLOCK_K + half[:, None]
-                x_low = tl.load(x_ptrs + group * BLOCK_K, mask=column < K, other=0.0)
-                x_high = tl.load(
-                    x_ptrs + group * BLOCK_K + HALF_K, mask=column + HALF_K < K, other=0.0
-                )
-            low, high = nibbles(tl.load(w_ptrs + group * HALF_K), zero[:, None], dtype, PTX)
-            part = product(low, x_low, tl.zeros([BLOCK_N, BLOCK_T], tl.float32))
-            acc += product(high, x_high, part) * scale[:, None]
-            if SWIGLU:
-                next_scale_up = tl.load(scales_ptr + following + N + n_row)
-                if zeros_ptr is not None:
-                    zero_up = tl.load(zeros_ptr + group * ROWS + N + n_row)
-                up = tl.load(w_ptrs + N * (GROUPS * HALF_K) + group * HALF_K)
-                low, high = nibbles(up, zero_up[:, None], dtype, PTX)
-                part = product(low, x_low, tl.zeros([BLOCK_N, BLOCK_T], tl.float32))
-                acc_up += product(high, x_high, part) * scale_up[:, None]
-                scale_up = next_scale_up
-            scale = next_scale
-    else:
-        columns = tl.arange(0, BLOCK_K)
-        x_ptrs = x_ptr + x_rows[None, :] * K + columns[:, None]
-        w_ptrs = w_ptr + n_row[:, None] * K + columns[None, :]
-        for step in range(GROUPS):
-            start = step * BLOCK_K
-            if K % BLOCK_K == 0:
-                x = tl.load(x_ptrs + start)
-                w = tl.load(w_ptrs + start)
-            else:
-                x = tl.load(x_ptrs + start, mask=start + columns[:, None] < K, other=0.0)
-                w = tl.load(w_ptrs + start, mask=start + columns[None, :] < K, other=0.0)
-            acc = _added(acc, w, x, FORM)
-            if SWIGLU:
-                if K % BLOCK_K == 0:
-                    up = tl.load(w_ptrs + N * K + start)
-                else:
-                    up = tl.load(
-                        w_ptrs + N * K + start, mask=start + columns[None, :] < K, other=0.0
-                    )
-                acc_up = _added(acc_up, up, x, FORM)
-        if FORM != "plain":
-            scales_ptr += expert * ROWS
-            acc *= tl.load(scales_ptr + n_row)[:, None]
-            if SWIGLU:
-                acc_up *= tl.load(scales_ptr + N + n_row)[:, None]
-        if x_scales_ptr is not None:
-            x_scale = tl.load(x_scales_ptr + x_rows)[None, :]
-            acc *= x_scale
-            acc_up *= x_scale
+            acc_up = _added(
+                acc_up, x, w_ptrs + N * WIDTH + step * WORDS, scales_ptr, zeros_ptr,
+                step * ROWS + N, inside_k, FORM, RAGGED, dtype, PTX,
+            )  # fmt: skip
+    if FORM == "int8" or FORM == "fp8":
+        acc *= tl.load(scales_ptr)[:, None]
+        if SWIGLU:
+            acc_up *= tl.load(scales_ptr + N)[:, None]
+    if x_scales_ptr is not None:
+        x_scale = tl.load(x_scales_ptr + x_rows)[None, :]
+        acc *= x_scale
+        acc_up *= x_scale
 
     if SWIGLU:
         small = tl.exp(-tl.abs(acc))  # never above 1, wherever the gate is
@@ -335,16 +262,40 @@ def _gemm(
 
 
 @triton.jit
-def _added(acc, w, x, FORM: tl.constexpr):
-    """Return ``acc + w @ x``; of int8 weights without their scales."""
+def _added(
+    acc,
+    x,
+    w_ptrs,
+    scales_ptr,
+    zeros_ptr,
+    at,
+    inside,
+    FORM: tl.constexpr,
+    RAGGED: tl.constexpr,
+    dtype: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Return ``acc + w @ x`` for one step along K; of int8 and fp8 weights without their scales.
+
+    ``at`` is where the step's scales and zero points begin, ``inside`` tells columns that exist.
+    """
     # What follows a return is compiled too, so each way is a branch.
-    dtype: tl.constexpr = x.dtype
-    if FORM == "int8":
-        return product(from_integers(w, dtype), x, acc)
-    elif FORM == "fp8" and not INTERPRETED:  # noqa: RET505
-        if dtype == tl.float8e4nv:
-            return tl.dot(w, x, acc, max_num_imprecise_acc=w.shape[1])
-        else:  # noqa: RET505
-            return product(w.to(dtype), x, acc)
+    if FORM == "int4":
+        zeros = tl.full([acc.shape[0]], 8.0, tl.float32)
+        if zeros_ptr is not None:
+            zeros = tl.load(zeros_ptr + at)
+        w = int4_tile(tl.load(w_ptrs), zeros[:, None], dtype, PTX)
+        return acc + product(w, x, tl.zeros_like(acc)) * tl.load(scales_ptr + at)[:, None]
+    elif FORM == "int8":
+        return product(int8_tile(tl.load(w_ptrs), dtype, PTX), x, acc)
     else:
-        return product(w, x, acc)
+        if RAGGED:
+            w = tl.load(w_ptrs, mask=inside[None, :], other=0.0)
+        else:
+            w = tl.load(w_ptrs)
+        if INTERPRETED or FORM == "plain":
+            return product(w, x, acc)
+        elif dtype == tl.float8e4nv:  # noqa: RET505
+            return tl.dot(w, x, acc, max_num_imprecise_acc=w.shape[1])
+        else:
+            return product(w.to(dtype), x, acc)

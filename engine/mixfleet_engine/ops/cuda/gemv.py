@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mixfleet_engine.ops.cuda.dialect import rounded
-from mixfleet_engine.ops.cuda.gemm import nibbles
-from mixfleet_engine.ops.cuda.packed import HALF, PackedWeight
+from mixfleet_engine.ops.cuda.packed import WORDS, PackedWeight
+from mixfleet_engine.ops.cuda.unpack import int4_quarters, int8_halves
+from mixfleet_engine.weight_formats import INT4_GROUP
 
 MOST_TOKENS: Final = 4
 _ROWS: Final = 16
@@ -104,7 +105,8 @@ def _launch(
         ADD=add,
         BLOCK_N=_ROWS,
         BLOCK_K=_INPUTS,
-        HALF_K=HALF,
+        GROUP_K=INT4_GROUP,
+        WORDS=WORDS.get(weight.form, INT4_GROUP),
         PTX=x.dtype == torch.bfloat16,
         num_warps=_WARPS,
     )
@@ -126,7 +128,8 @@ def _gemv(
     ADD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    HALF_K: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    WORDS: tl.constexpr,
     PTX: tl.constexpr,
 ):
     pair = tl.program_id(1)
@@ -136,34 +139,27 @@ def _gemv(
         n_row = tl.minimum(n, N - 1)
     x_ptr += (pair // PAIRS_OF_ROW) * K
     ROWS: tl.constexpr = N * (2 if SWIGLU else 1)
-    GROUPS: tl.constexpr = (K + 2 * HALF_K - 1) // (2 * HALF_K)
+    GROUPS: tl.constexpr = (K + GROUP_K - 1) // GROUP_K
     expert = tl.zeros([], tl.int64)
     if chosen_ptr is not None:
         expert = tl.load(chosen_ptr + pair).to(tl.int64)
-    if FORM == "int4":
-        w_ptr += expert * ROWS * (GROUPS * HALF_K)
-        scales_ptr += expert * GROUPS * ROWS
-        if zeros_ptr is not None:
-            zeros_ptr += expert * GROUPS * ROWS
-        found = _int4_rows(
-            x_ptr, w_ptr, scales_ptr, zeros_ptr, n_row, ROWS, K, BLOCK_N, BLOCK_K, HALF_K, PTX
-        )
-        up = found
-        if SWIGLU:
-            up = _int4_rows(
-                x_ptr, w_ptr, scales_ptr, zeros_ptr, N + n_row, ROWS, K, BLOCK_N, BLOCK_K, HALF_K,
-                PTX,
-            )  # fmt: skip
-    else:
+    if FORM == "plain" or FORM == "fp8":
         w_ptr += expert * ROWS * K
-        found = _plain_rows(x_ptr, w_ptr, n_row, K, BLOCK_N, BLOCK_K)
-        up = found
-        if SWIGLU:
-            up = _plain_rows(x_ptr, w_ptr, N + n_row, K, BLOCK_N, BLOCK_K)
-        if FORM != "plain":
-            scales_ptr += expert * ROWS
-            found *= tl.load(scales_ptr + n_row)
-            up *= tl.load(scales_ptr + (ROWS - N) + n_row)
+    else:
+        w_ptr += expert * ROWS * (GROUPS * WORDS)
+    if scales_ptr is not None:
+        scales_ptr += expert * ROWS * (GROUPS if FORM == "int4" else 1)
+    if zeros_ptr is not None:
+        zeros_ptr += expert * ROWS * GROUPS
+    found = _rows(
+        x_ptr, w_ptr, scales_ptr, zeros_ptr, n_row, ROWS, K, FORM, BLOCK_N, BLOCK_K, GROUP_K, WORDS,
+        PTX,
+    )  # fmt: skip
+    if SWIGLU:
+        up = _rows(
+            x_ptr, w_ptr, scales_ptr, zeros_ptr, N + n_row, ROWS, K, FORM, BLOCK_N, BLOCK_K,
+            GROUP_K, WORDS, PTX,
+        )  # fmt: skip
     if SWIGLU:
         small = tl.exp(-tl.abs(found))  # never above 1, wherever the gate is
         found = found * tl.where(found < 0, small, 1.0) / (1.0 + small) * up
@@ -171,6 +167,38 @@ def _gemv(
     if ADD:
         found += tl.load(out_ptrs, mask=n < N, other=0.0)
     tl.store(out_ptrs, rounded(found, out_ptr.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def _rows(
+    x_ptr,
+    w_ptr,
+    scales_ptr,
+    zeros_ptr,
+    n,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    FORM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    WORDS: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Return ``[BLOCK_N]`` products of rows ``n`` with the token."""
+    # What follows a return is compiled too, so each way is a branch.
+    if FORM == "int4":
+        return _int4_rows(
+            x_ptr, w_ptr, scales_ptr, zeros_ptr, n, ROWS, K, BLOCK_N, BLOCK_K, GROUP_K, WORDS, PTX
+        )
+    elif FORM == "int8":
+        found = _int8_rows(x_ptr, w_ptr, n, K, BLOCK_N, BLOCK_K, GROUP_K, WORDS, PTX)
+        return found * tl.load(scales_ptr + n)
+    else:
+        found = _plain_rows(x_ptr, w_ptr, n, K, BLOCK_N, BLOCK_K)
+        if FORM == "fp8":
+            found *= tl.load(scales_ptr + n)
+        return found
 
 
 @triton.jit
@@ -192,6 +220,42 @@ def _plain_rows(x_ptr, w_ptr, n, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K
 
 
 @triton.jit
+def _int8_rows(
+    x_ptr,
+    w_ptr,
+    n,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    WORDS: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Return ``[BLOCK_N]`` products of int8 rows, without their scales, with the token."""
+    # Words are taken apart as [rows, groups, words of a group].
+    AT_ONCE: tl.constexpr = BLOCK_K // GROUP_K
+    GROUPS: tl.constexpr = (K + GROUP_K - 1) // GROUP_K
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    word = tl.arange(0, WORDS)[None, None, :]
+    sums = tl.zeros([BLOCK_N, AT_ONCE, WORDS], tl.float32)
+    for first in tl.range(0, GROUPS, AT_ONCE, num_stages=STAGES):
+        group = (first + tl.arange(0, AT_ONCE))[None, :, None]
+        x_at = group * GROUP_K + word
+        w_ptrs = w_ptr + n[:, None, None] * (GROUPS * WORDS) + group * WORDS + word
+        if GROUPS % AT_ONCE == 0 and K % GROUP_K == 0:
+            words = tl.load(w_ptrs)
+            x_0, x_1 = tl.load(x_ptr + x_at), tl.load(x_ptr + x_at + WORDS)
+        else:
+            words = tl.load(w_ptrs, mask=group < GROUPS, other=0)
+            x_0 = tl.load(x_ptr + x_at, mask=x_at < K, other=0.0)
+            x_1 = tl.load(x_ptr + x_at + WORDS, mask=x_at + WORDS < K, other=0.0)
+        w_0, w_1 = int8_halves(words, dtype, PTX)
+        sums += w_0.to(tl.float32) * x_0.to(tl.float32)
+        sums += w_1.to(tl.float32) * x_1.to(tl.float32)
+    return tl.sum(tl.sum(sums, axis=2), axis=1)
+
+
+@triton.jit
 def _int4_rows(
     x_ptr,
     w_ptr,
@@ -202,36 +266,41 @@ def _int4_rows(
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    HALF_K: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    WORDS: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """Return ``[BLOCK_N]`` products of int4 rows with the token, several groups at a time."""
-    # Bytes are taken apart as [rows, groups, half a group].
-    AT_ONCE: tl.constexpr = BLOCK_K // (2 * HALF_K)
-    GROUPS: tl.constexpr = (K + 2 * HALF_K - 1) // (2 * HALF_K)
+    AT_ONCE: tl.constexpr = BLOCK_K // GROUP_K
+    GROUPS: tl.constexpr = (K + GROUP_K - 1) // GROUP_K
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    half = tl.arange(0, HALF_K)[None, None, :]
-    sums = tl.zeros([BLOCK_N, AT_ONCE, HALF_K], tl.float32)
+    word = tl.arange(0, WORDS)[None, None, :]
+    sums = tl.zeros([BLOCK_N, AT_ONCE, WORDS], tl.float32)
     for first in tl.range(0, GROUPS, AT_ONCE, num_stages=STAGES):
         group = (first + tl.arange(0, AT_ONCE))[None, :]
-        place = group[:, :, None] * (2 * HALF_K) + half
-        w_ptrs = w_ptr + n[:, None, None] * (GROUPS * HALF_K) + group[:, :, None] * HALF_K + half
+        x_at = group[:, :, None] * GROUP_K + word
+        x_ptrs = x_ptr + x_at
+        w_ptrs = w_ptr + n[:, None, None] * (GROUPS * WORDS) + group[:, :, None] * WORDS + word
         scale_at = group * ROWS + n[:, None]
-        if GROUPS % AT_ONCE == 0 and K % (2 * HALF_K) == 0:
-            packed = tl.load(w_ptrs)
-            x_low, x_high = tl.load(x_ptr + place), tl.load(x_ptr + place + HALF_K)
+        if GROUPS % AT_ONCE == 0 and K % GROUP_K == 0:
+            words = tl.load(w_ptrs)
+            x_0, x_1 = tl.load(x_ptrs), tl.load(x_ptrs + WORDS)
+            x_2, x_3 = tl.load(x_ptrs + 2 * WORDS), tl.load(x_ptrs + 3 * WORDS)
             scale = tl.load(scales_ptr + scale_at)
         else:
-            packed = tl.load(w_ptrs, mask=(group < GROUPS)[:, :, None], other=0)
-            x_low = tl.load(x_ptr + place, mask=place < K, other=0.0)
-            x_high = tl.load(x_ptr + place + HALF_K, mask=place + HALF_K < K, other=0.0)
+            words = tl.load(w_ptrs, mask=(group < GROUPS)[:, :, None], other=0)
+            x_0 = tl.load(x_ptrs, mask=x_at < K, other=0.0)
+            x_1 = tl.load(x_ptrs + WORDS, mask=x_at + WORDS < K, other=0.0)
+            x_2 = tl.load(x_ptrs + 2 * WORDS, mask=x_at + 2 * WORDS < K, other=0.0)
+            x_3 = tl.load(x_ptrs + 3 * WORDS, mask=x_at + 3 * WORDS < K, other=0.0)
             scale = tl.load(scales_ptr + scale_at, mask=group < GROUPS, other=0.0)
         zeros = tl.full([BLOCK_N, AT_ONCE], 8.0, tl.float32)
         if zeros_ptr is not None:
             zeros = tl.load(zeros_ptr + scale_at, mask=group < GROUPS, other=0.0)
-        low, high = nibbles(packed, zeros[:, :, None], dtype, PTX)
-        part = low.to(tl.float32) * x_low.to(tl.float32) + high.to(tl.float32) * x_high.to(
-            tl.float32
-        )
+        w_0, w_1, w_2, w_3 = int4_quarters(words, zeros[:, :, None], dtype, PTX)
+        part = w_0.to(tl.float32) * x_0.to(tl.float32)
+        part += w_1.to(tl.float32) * x_1.to(tl.float32)
+        part += w_2.to(tl.float32) * x_2.to(tl.float32)
+        part += w_3.to(tl.float32) * x_3.to(tl.float32)
         sums += part * scale[:, :, None]
     return tl.sum(tl.sum(sums, axis=2), axis=1)

@@ -1,10 +1,12 @@
 """Matrices as the kernels read them: E of one shape in one block of memory, one form for all.
 
-**int4.** A group of 128 inputs of a row is 64 bytes: byte ``j`` has input ``j`` in its low half
-and input ``j + 64`` in its high one. So both halves of a tile of bytes are tiles of neighbouring
-inputs as they stand, and a kernel multiplies each half by itself instead of interleaving them. What
-is stored is the number plus 8, from 0 to 15; a checkpoint's own zero points take the place of 8.
-Scales stand by group, then by row, for a kernel wants one group of all its rows at a time.
+**int4, int8.** Numbers share 16-bit words so that `unpack.py` needs no exchange between threads. A
+group of 128 inputs of a row is 32 words of int4: word ``j`` has the inputs ``j``, ``j + 32``,
+``j + 64`` and ``j + 96``, from its lowest bits up. Of int8 it is 64 words: word ``j`` has the
+inputs ``j`` and ``j + 64``. The last group is filled up with zeros.
+
+An int4 number is stored plus 8, so from 0 to 15; a checkpoint's own zero points take the place of
+8. Its scales stand by group, then by row, for a kernel wants one group of all its rows at a time.
 
 Shape letters: E matrices, N output width, K input width, G groups of 128 along K.
 """
@@ -21,7 +23,8 @@ from mixfleet_engine.weight_formats import INT4_GROUP
 
 Form = Literal["plain", "fp8", "int8", "int4"]
 
-HALF: Final = INT4_GROUP // 2
+WORDS: Final = {"int4": INT4_GROUP // 4, "int8": INT4_GROUP // 2}
+"""16-bit words of 128 inputs of a row."""
 OFFSET: Final = 8
 """What is added to an int4 number without a zero point of its own."""
 
@@ -34,7 +37,8 @@ class PackedWeight:
     n: int
     k: int
     values: Tensor
-    """``[E, N, K]``: floating, float8_e4m3fn or int8. int4: ``[E, N, 64 G]`` uint8."""
+    """``[E, N, K]`` floating or float8_e4m3fn; int16 words: ``[E, N, 64 G]`` of int8, and
+    ``[E, N, 32 G]`` of int4."""
     scales: Tensor | None
     """fp8, int8: ``[E, N]`` fp32. int4: ``[E, G, N]`` fp32."""
     zeros: Tensor | None
@@ -64,10 +68,11 @@ class PackedWeight:
             return
         assert self.scales is not None
         if not isinstance(weight, Int4Weight):
-            self.values[index] = weight.values
+            is_int8 = isinstance(weight, Int8Weight)
+            self.values[index] = _int8_words(weight.values) if is_int8 else weight.values
             self.scales[index] = weight.scales
             return
-        self.values[index] = _halves(weight)
+        self.values[index] = _int4_words(weight)
         self.scales[index] = weight.scales.T
         if self.zeros is not None:
             assert weight.zeros is not None
@@ -79,10 +84,13 @@ class PackedWeight:
         if self.form == "plain":
             return values.float()
         assert self.scales is not None
-        if self.form != "int4":
+        if self.form == "fp8":
             return values.float() * self.scales[index, :, None]
-        groups = values.view(self.n, -1, HALF)
-        numbers = torch.cat([groups & 15, groups >> 4], dim=-1).float()  # [N, G, 128]
+        groups = values.view(self.n, -1, WORDS[self.form])
+        if self.form == "int8":
+            numbers = torch.cat([groups << 8 >> 8, groups >> 8], dim=-1).float()  # [N, G, 128]
+            return numbers.flatten(1)[:, : self.k] * self.scales[index, :, None]
+        numbers = torch.cat([groups >> bits & 15 for bits in (0, 4, 8, 12)], dim=-1).float()
         zeros = OFFSET if self.zeros is None else self.zeros[index].T[:, :, None]
         matrix = (numbers - zeros) * self.scales[index].T[:, :, None]
         return matrix.flatten(1)[:, : self.k]
@@ -94,14 +102,15 @@ def empty_packed(num_matrices: int, like: Weight) -> PackedWeight:
     form, values = _form_of(like)
     device = values.device
     num_groups = -(-k // INT4_GROUP)
-    shape = (num_matrices, n, num_groups * HALF if form == "int4" else k)
+    in_words = form in WORDS
+    shape = (num_matrices, n, num_groups * WORDS[form] if in_words else k)
     scale_shape = (num_matrices, num_groups, n) if form == "int4" else (num_matrices, n)
     has_zeros = isinstance(like, Int4Weight) and like.zeros is not None
     return PackedWeight(
         form=form,
         n=n,
         k=k,
-        values=torch.empty(shape, dtype=values.dtype, device=device),
+        values=torch.empty(shape, dtype=torch.int16 if in_words else values.dtype, device=device),
         scales=None if form == "plain" else torch.empty(scale_shape, device=device),
         zeros=torch.empty(scale_shape, device=device) if has_zeros else None,
     )
@@ -127,12 +136,20 @@ def _form_of(weight: Weight) -> tuple[Form, Tensor]:
             return "int4", weight.values
 
 
-def _halves(weight: Int4Weight) -> Tensor:
-    """Return the bytes ``[N, 64 G]`` of an int4 matrix in the order that kernels read."""
+def _int4_words(weight: Int4Weight) -> Tensor:
+    """Return the words ``[N, 32 G]`` of an int4 matrix."""
     n, width = weight.values.shape
     # Two's complement of four bits becomes the number plus 8 by its highest bit turned.
     flip = OFFSET if weight.zeros is None else 0
     numbers = torch.stack([weight.values & 15, weight.values >> 4], dim=-1).view(n, -1) ^ flip
     numbers = F.pad(numbers, (0, -(2 * width) % INT4_GROUP), value=flip)
-    groups = numbers.view(n, -1, INT4_GROUP)
-    return (groups[:, :, :HALF] | (groups[:, :, HALF:] << 4)).flatten(1)
+    first, second, third, fourth = numbers.view(n, -1, 4, WORDS["int4"]).unbind(dim=2)
+    halves = torch.stack([first | second << 4, third | fourth << 4], dim=-1)  # [N, G, 32, 2]
+    return halves.view(torch.int16).view(n, -1)
+
+
+def _int8_words(values: Tensor) -> Tensor:
+    """Return the words ``[N, 64 G]`` of an int8 matrix."""
+    n, k = values.shape
+    numbers = F.pad(values, (0, -k % INT4_GROUP)).view(n, -1, 2, WORDS["int8"])
+    return numbers.transpose(2, 3).contiguous().view(torch.int16).view(n, -1)
