@@ -66,7 +66,7 @@ def _decode(
     device_s = replayed_seconds(loaded, batch, scale.context + _WARM_UP + scale.steps)
     if device_s is not None:
         row["device_step_s"] = device_s
-        row["host_gap"] = row["step_s"] / device_s - 1
+        row["host_gap"] = 1 - device_s / row["step_s"]
     same = [
         answers.setdefault(number, answer) == answer
         for number, name in enumerate(names)

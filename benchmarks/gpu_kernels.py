@@ -22,7 +22,7 @@ from benchmarks.gpu_requests import Figures
 PRODUCTS: Final = ("qkv", "wo", "up", "down")
 """Of a layer, in order."""
 _PRODUCT_WORDS: Final = ("gemm", "gemv")
-_ATTENTION_WORDS: Final = ("atten", "decode")
+_ATTENTION_WORDS: Final = ("atten", "splits")
 _NO_KERNELS: Final = (" Sync", "Buffer")
 """In the names of what the profiler shows on a device beside kernels."""
 _REPEATS: Final = 5

@@ -60,7 +60,7 @@ def _fp8_seconds(matrix: torch.Tensor) -> float:
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
-    """Return the device's name, memory, driver and clocks, and the versions that use it."""
+    """Return the device's name and memory, and the versions of what uses it."""
     facts: dict[str, Any] = {"device": str(device), "torch": str(torch.__version__)}
     try:
         import triton
@@ -77,11 +77,11 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
             "memory_bytes": total,
             "free_bytes": free,
         }
-        facts |= _driver_facts()
     return facts
 
 
-def _driver_facts() -> dict[str, str]:
+def driver_facts() -> dict[str, str]:
+    """Return the driver's version and the clocks of this moment; nothing without nvidia-smi."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return {}

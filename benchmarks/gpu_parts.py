@@ -10,12 +10,13 @@ from benchmarks.gpu_decode import decode_table
 from benchmarks.gpu_floor import decode_work
 from benchmarks.gpu_halves import half_layers
 from benchmarks.gpu_kernels import kernel_table, profiled
-from benchmarks.gpu_machine import machine_facts, measure_rates
+from benchmarks.gpu_machine import driver_facts, machine_facts, measure_rates
 from benchmarks.gpu_offline import itl_beside_prefill, offline
 from benchmarks.gpu_peer import peer_table
 from benchmarks.gpu_replay import unrecorded_step
 from benchmarks.gpu_requests import Figures
 from benchmarks.gpu_scale import TINY, Scale
+from benchmarks.gpu_warm import warm_up
 from mixfleet_engine.plan import weight_bytes
 
 _BF16_ROOM: Final = 8 << 30
@@ -25,6 +26,8 @@ _BF16_ROOM: Final = 8 << 30
 def _machine(bench: Bench, found: Figures) -> None:
     found |= machine_facts(bench.device)
     found["rates"] = measure_rates(bench.scale, bench.device)
+    if bench.device.type == "cuda":
+        found |= driver_facts()  # now that the clocks are up
 
 
 def _decode(bench: Bench, found: Figures) -> Iterator[None]:
@@ -55,6 +58,10 @@ def _kernels(bench: Bench, found: Figures) -> Iterator[None]:
         kernels = profiled(unrecorded_step(loaded, batch), loaded.device)
         found[str(batch)] = kernel_table(kernels, scale.model.n_layers, work, bench.rates)
         yield
+
+
+def _warm_up(bench: Bench, found: Figures) -> None:
+    warm_up(bench.loaded, bench.budget, found)
 
 
 def _itl(bench: Bench, found: Figures) -> Iterator[None]:
@@ -125,6 +132,7 @@ def stages(scale: Scale) -> dict[str, tuple[Part, ...]]:
                 lambda bench, found: bench.load(found, weight_dtype="fp8", kv_dtype="fp8"),
             ),
             part("decode", 20, _decode),
+            part("warm-up", 100, _warm_up),
             *_offline_parts(scale, {name: s * small for name, s in offline_s.items()}),
             part("itl", 20, _itl),
             part("halves", 10, _halves),

@@ -66,13 +66,20 @@ def unrecorded_step(loaded: Loaded, batch: int) -> Callable[[], None]:
     return work
 
 
-def decode_chunks(loaded: Loaded, batch: int) -> tuple[PlannedChunk, ...]:
-    """Return decodes of so many sequences, each with its own blocks and the table's context.
+def decode_chunks(
+    loaded: Loaded, batch: int, context: int | None = None
+) -> tuple[PlannedChunk, ...]:
+    """Return decodes of so many sequences, each with its own blocks.
+
+    Args:
+        loaded: What is to run them.
+        batch: Sequences.
+        context: Tokens that each has; None: as in the decode table.
 
     Raises:
         NotMeasurableError: The KV cache has no room for them.
     """
-    size, context = loaded.runner.block_size, loaded.scale.context
+    size, context = loaded.runner.block_size, context or loaded.scale.context
     width = context // size + 1
     if batch * width > loaded.runner.num_blocks:
         raise NotMeasurableError(f"no KV cache for {batch} sequences of {context} tokens")

@@ -28,6 +28,7 @@ from benchmarks.gpu_replay import decode_chunks, replayed_seconds, unrecorded_st
 from benchmarks.gpu_requests import percentile, random_prompts
 from benchmarks.gpu_scale import FULL, TINY, Traffic
 from benchmarks.gpu_stage import StageJob, run_parts
+from benchmarks.gpu_warm import warm_up
 from benchmarks.gpu_weights import RandomCheckpoint
 
 from mixfleet_engine.capture import NoRecorder
@@ -228,7 +229,7 @@ def test_runs_of_equal_kernels_become_one_by_medians() -> None:
 
 
 def a_step(num_layers: int) -> list[Kernel]:
-    layer = ["_rms_norm", "_gemm", "_paged_decode", "_merge_decode", "_gemm", "_gemv", "_gemm"]
+    layer = ["_rms_norm", "_gemm", "_decode_splits", "_merge_splits", "_gemm", "_gemv", "_gemm"]
     names = [*layer * num_layers, "_gemm"]
     return [Kernel(name, float(place)) for place, name in enumerate(names)]
 
@@ -319,6 +320,20 @@ def test_a_step_launched_kernel_by_kernel_has_the_tables_context() -> None:
     assert sorted(blocks) == list(range(len(blocks)))
     with pytest.raises(NotMeasurableError, match="no KV cache for 4 sequences"):
         unrecorded_step(loaded_with_steps(num_blocks=11)[0], 4)
+
+
+def test_warming_up_runs_a_step_of_every_bucket_once() -> None:
+    loaded, steps, seen = loaded_with_steps()
+    found: dict[str, Any] = {}
+    warm_up(loaded, Budget(time.time() + 1000), found, contexts=(16, 512, 4096))
+    assert {shape.num_rows for shape in steps.shapes} == {1, 2, 4, 8}
+    assert {shape.max_context for shape in steps.shapes} == {512}
+    assert found == {"shapes": 4}
+    assert max(int(batch.placed.starts.max()) for batch in seen) == 511
+    seen.clear()
+    warm_up(loaded, Budget(time.time() + 10), found)
+    assert found["skipped_batches"].startswith("1 and more: ")
+    assert not seen
 
 
 def tiny_bench(left_s: float = 100.0) -> Bench:
@@ -433,6 +448,16 @@ def test_without_a_gpu_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(report, "write", lambda *_: pytest.fail("written"))
     monkeypatch.setattr(sys, "argv", ["gpu"])
     with pytest.raises(SystemExit, match="no CUDA device here"):
+        gpu.main()
+
+
+def test_the_results_of_a_gpu_are_not_overwritten_by_a_tiny_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = str(report.RESULTS / "gpu.json")
+    monkeypatch.setattr(report, "write", lambda *_: pytest.fail("written"))
+    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--stages", "--out", out])
+    with pytest.raises(SystemExit, match="not for --tiny"):
         gpu.main()
 
 
