@@ -70,7 +70,6 @@ def _sizes(q: Tensor, keys: Tensor, split: int) -> dict[str, Any]:
         "H": q.shape[1],
         "G": num_kv,
         "A": head_dim,
-        "R_PAD": triton.next_power_of_2(q.shape[1] // num_kv),
         "BLOCK_SIZE": block_size,
         "SPLIT": split,
     }
@@ -127,7 +126,8 @@ def _prefill(
 ) -> None:
     sizes = _sizes(q, keys, split)
     rows = BLOCK_M * PREFILL_WARP_GROUPS
-    num_tiles = triton.cdiv(chunks.max_rows * sizes["R_PAD"], rows)
+    padded = triton.next_power_of_2(sizes["H"] // sizes["G"])
+    num_tiles = triton.cdiv(chunks.max_rows * padded, rows)
     first = chunks.num_decodes
     _prefill_rows[(num_tiles, sizes["G"], len(chunks.num_rows) - first)](
         q,
@@ -142,6 +142,7 @@ def _prefill(
         chunks.block_tables.stride(0),
         q.shape[2] ** -0.5 * LOG2_E,
         **sizes,
+        R_PAD=padded,
         BLOCK_M=rows,
         BLOCK_S=min(BLOCK_S, split),
         STAGES=2,
@@ -166,7 +167,6 @@ def _decode_splits(
     H: tl.constexpr,
     G: tl.constexpr,
     A: tl.constexpr,
-    R_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,

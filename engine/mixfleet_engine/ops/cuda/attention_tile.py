@@ -48,15 +48,11 @@ def split_of_context(
 ):
     """Return the highest score ``[M]``, the sum of shares ``[M]`` and the mixed values ``[M, A]``.
 
-    Args:
-        q: ``[M, A]`` rows.
-        row_positions: ``[M]``: a row sees the context up to and with its own position.
-        keys_ptr: One KV head of the layer's keys; slots are ``STRIDE`` numbers apart.
-        values_ptr: The same of values.
-        table_ptr: The sequence's blocks.
-        first: Where the split begins, a multiple of ``BLOCK_S``.
-        end: Behind the last position that any row sees, in this split or not beyond it.
-        scale: On scores, which are to the base 2.
+    ``q`` ``[M, A]`` are rows, each of which sees the context up to and with its own position.
+    Keys and values are of one KV head of the layer, slots ``STRIDE`` numbers apart; ``table_ptr``
+    has the sequence's blocks. The split begins at ``first``, a multiple of ``BLOCK_S``, and ends
+    before ``end``, with the last position that any row sees if not earlier. ``scale`` makes
+    scores to the base 2.
     """
     highest = tl.full([BLOCK_M], NOTHING, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)

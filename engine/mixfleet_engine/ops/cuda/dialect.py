@@ -20,9 +20,14 @@ INTERPRETED: Final = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 @triton.jit
 def product(a, b, acc):
-    """Return ``acc + a @ b`` in fp32, for ``a`` ``[M, K]`` and ``b`` ``[K, N]`` of one dtype."""
+    """Return ``acc + a @ b`` in fp32, for ``a`` ``[M, K]`` and ``b`` ``[K, N]`` of one dtype.
+
+    numpy sums up a row in another order where it stands elsewhere, which no matrix unit does; in
+    fp64 that is far below what is kept.
+    """
     if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+        wide = tl.dot(a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64))
+        return (acc.to(tl.float64) + wide).to(tl.float32)
     else:  # noqa: RET505 (what follows a return would be compiled too)
         return tl.dot(a, b, acc)
 

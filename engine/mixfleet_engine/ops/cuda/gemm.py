@@ -286,10 +286,10 @@ def _added(
             zeros = tl.load(zeros_ptr + at)
         w = int4_tile(tl.load(w_ptrs), zeros[:, None], dtype, PTX)
         return acc + product(w, x, tl.zeros_like(acc)) * tl.load(scales_ptr + at)[:, None]
-    elif FORM == "int8":
+    elif FORM == "int8":  # noqa: RET505
         return product(int8_tile(tl.load(w_ptrs), dtype, PTX), x, acc)
     else:
-        if RAGGED:
+        if RAGGED:  # noqa: SIM108
             w = tl.load(w_ptrs, mask=inside[None, :], other=0.0)
         else:
             w = tl.load(w_ptrs)
