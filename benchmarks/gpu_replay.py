@@ -10,15 +10,14 @@ Replaying is harmless: a step reads its tokens and positions from tensors that o
 writes, so it stores the same keys and values in the same slots again.
 """
 
-from bisect import bisect_left
-from collections.abc import Callable
 from typing import Any, Final
 
 import torch
 
 from benchmarks.gpu_load import Loaded, NotMeasurableError
 from benchmarks.gpu_timing import device_seconds
-from mixfleet_engine.decode_step import DecodeSteps, StepShape
+from mixfleet_engine.capture import Work
+from mixfleet_engine.decode_step import DecodeSteps, buckets
 from mixfleet_engine.history import TokenHistory
 from mixfleet_engine.request import SamplingParams
 from mixfleet_engine.step import PlannedChunk
@@ -39,16 +38,35 @@ def replayed_seconds(loaded: Loaded, batch: int, context: int) -> float | None:
         context: Tokens of the longest of them.
     """
     steps = decode_steps(loaded)
-    shape = None if steps is None else _shape(steps, batch, context)
-    if steps is None or shape not in steps.shapes:
+    if steps is None:
         return None
-    work = steps._work[shape]
+    fitting = [
+        shape
+        for shape in steps.shapes
+        if shape.sampling == "greedy"
+        and shape.num_rows == buckets(batch)[-1]
+        and shape.max_context >= context
+    ]
+    if not fitting:
+        return None
+    work = steps._work[min(fitting, key=lambda shape: shape.max_context)]
     work()
     return device_seconds(work, loaded.device, repeats=_REPEATS, at_once=_AT_ONCE)
 
 
+class _KeepingRecorder:
+    """Implements :class:`~mixfleet_engine.capture.Recorder`: keeps the work as it is."""
+
+    work: Work
+
+    def record(self, work: Work) -> Work:
+        """Return ``work`` itself."""
+        self.work = work
+        return work
+
+
 @torch.inference_mode()
-def unrecorded_step(loaded: Loaded, batch: int) -> Callable[[], None]:
+def unrecorded_step(loaded: Loaded, batch: int) -> Work:
     """Return what runs a greedy step of ``batch`` sequences, launched kernel by kernel.
 
     Each sequence has the decode table's context. No engine may go on with the KV cache after it.
@@ -56,13 +74,21 @@ def unrecorded_step(loaded: Loaded, batch: int) -> Callable[[], None]:
     Raises:
         NotMeasurableError: The runner of this device has no such steps, or its cache no room.
     """
-    steps, context = decode_steps(loaded), loaded.scale.context + 1
-    if steps is None:
+    if decode_steps(loaded) is None:
         raise NotMeasurableError("the runner of this device has no steps to record")
-    shape = _shape(steps, batch, context)
-    steps._place(decode_chunks(loaded, batch), [-1] * batch, shape)
-    work: Callable[[], None] = torch.inference_mode()(steps._step(shape))
-    work()  # makes its kernels
+    runner, recorder = loaded.runner, _KeepingRecorder()
+    steps = DecodeSteps(
+        lambda placed: runner._model.forward(placed, runner._cache),
+        recorder,
+        torch.zeros(batch, dtype=torch.int64, device=loaded.device),
+        max_rows=batch,
+        context_length=loaded.scale.model.context_length,
+        block_size=runner.block_size,
+        vocab_size=loaded.scale.model.vocab_size,
+        device=loaded.device,
+    )
+    steps.run(decode_chunks(loaded, batch), [-1] * batch, "greedy")
+    work: Work = torch.inference_mode()(recorder.work)
     return work
 
 
@@ -102,8 +128,3 @@ def decode_steps(loaded: Loaded) -> DecodeSteps | None:
     """Return what runs the decode steps inside a device's runner; None: it has no such thing."""
     found: Any = getattr(loaded.runner, "_steps", None)
     return found if isinstance(found, DecodeSteps) else None
-
-
-def _shape(steps: DecodeSteps, batch: int, context: int) -> StepShape:
-    rows = steps._buckets[bisect_left(steps._buckets, batch)]
-    return StepShape(rows, steps._context_bucket(context), "greedy")

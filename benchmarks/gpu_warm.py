@@ -15,6 +15,7 @@ from benchmarks.gpu_budget import Budget
 from benchmarks.gpu_load import Loaded, NotMeasurableError
 from benchmarks.gpu_replay import decode_chunks, decode_steps
 from benchmarks.gpu_requests import Figures
+from mixfleet_engine.decode_step import buckets
 
 CONTEXTS: Final = (512, 1024, 2048)
 _LEAST_LEFT_S: Final = 100.0
@@ -35,9 +36,9 @@ def warm_up(
     steps = decode_steps(loaded)
     if steps is None:
         raise NotMeasurableError("the runner of this device has no steps to record")
-    size = loaded.runner.block_size
+    sizes, size = buckets(loaded.scale.max_batch_size), loaded.runner.block_size
     limit = min(loaded.scale.model.context_length, loaded.runner.num_blocks * size)
-    for rows, context in product(steps._buckets, (c for c in contexts if c <= limit)):
+    for rows, context in product(sizes, (c for c in contexts if c <= limit)):
         if found_shortage := budget.shortage(_LEAST_LEFT_S):
             found["skipped_batches"] = f"{rows} and more: {found_shortage}"
             break
