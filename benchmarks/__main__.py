@@ -7,7 +7,7 @@ import importlib
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("fleet", "engine", "quality", "broker", "chaos", "gateway")
+BENCHMARKS = ("fleet", "engine", "quality", "broker", "chaos", "gateway", "gpu")
 
 
 def main() -> None:

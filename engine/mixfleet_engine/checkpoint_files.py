@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mixfleet_engine.errors import CheckpointError
@@ -118,6 +117,9 @@ def indexed_files(index: Path) -> list[Path]:
 
 
 def _open_safetensors(file: Path) -> Any:
+    # Imported here: weights that come from elsewhere, a benchmark's, need no safetensors.
+    from safetensors import SafetensorError, safe_open
+
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:

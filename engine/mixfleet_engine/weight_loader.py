@@ -172,7 +172,9 @@ def _moved(found: Read, move: Callable[[Tensor], Tensor]) -> Read:
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    """Return a copy that the GPU can fetch by itself."""
+    """Return a copy that the GPU can fetch by itself; what is on a device already as it is."""
+    if tensor.device.type != "cpu":
+        return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
