@@ -82,8 +82,10 @@ _READING: Final = (
 
 _KEY_RECORDS: Final = (keys.API_KEYS, keys.API_KEY, keys.API_SECRET, keys.AIME_SESSION)
 _KEY_USE: Final = (keys.API_USE, keys.API_JOBS, keys.API_CHARGE)
+_FILES: Final = (keys.FILE, keys.FILE_CONTENT, keys.OWN_FILES)
+_BATCHES: Final = (keys.BATCH, keys.BATCH_DONE, keys.OWN_BATCHES, keys.BATCHES_OPEN)
 _OF_QUEUES: Final = tuple(
-    key for key in KEYS if key not in (*_KEY_RECORDS, *_KEY_USE, keys.RESPONSE)
+    key for key in KEYS if key not in (*_KEY_RECORDS, *_KEY_USE, keys.RESPONSE, *_FILES, *_BATCHES)
 )
 
 _ADMITTING: Final = (
@@ -97,7 +99,15 @@ _ADMITTING: Final = (
 )
 """What it takes to know API keys and to charge them, and not to make or change one."""
 
-_RESPONSES: Final = (Grant("get set del expire", (keys.RESPONSE,)),)
+_OF_HTTP_CLIENTS: Final = (
+    Grant("get set del expire", (keys.RESPONSE,)),
+    Grant("evalsha exists hget hgetall hset del pttl pexpire", (keys.FILE,)),
+    Grant("append strlen getrange exists del pttl pexpire", (keys.FILE_CONTENT,)),
+    Grant("zadd zcard zrange zrevrange zrem pttl pexpire", (keys.OWN_FILES, keys.OWN_BATCHES)),
+    Grant("evalsha exists hget hgetall hset hsetnx hincrby hdel pttl pexpire", (keys.BATCH,)),
+    Grant("get setbit del pttl pexpire", (keys.BATCH_DONE,)),
+    Grant("zadd zrange zrem zscore", (keys.BATCHES_OPEN,)),
+)
 """Of HTTP clients, so nobody but gateways sees them."""
 
 _KEEPING_KEYS: Final = (
@@ -135,7 +145,7 @@ ROLES: Final[tuple[Role, ...]] = (
         meaning="does so for many, looks after the queue, gives workers orders, charges API keys; "
         "claims nothing",
         keyless=f"{_CONNECTION} info multi exec",
-        grants=(Grant(_ANY_STATE, _OF_QUEUES), *_ADMITTING, *_ASKING, *_RESPONSES),
+        grants=(Grant(_ANY_STATE, _OF_QUEUES), *_ADMITTING, *_ASKING, *_OF_HTTP_CLIENTS),
     ),
     Role(
         name="worker",

@@ -472,6 +472,68 @@ RESPONSE: Final = Key(
     "response repeats of it), items (its input) and final (the response, once it has ended)",
 )
 
+# Files and batches, for gateways
+
+FILE: Final = Key(
+    name="file",
+    template="mixfleet:file:{file_id}",
+    type="hash",
+    writers="file_add, file_delete, batch_open, batch_move",
+    lifetime="MIXFLEET_BATCH_TTL_S after its upload, or after the end of its batch",
+    meaning="a file of `/v1/files`: tenant, filename, purpose, batch (whose output it is), "
+    "created_ms and expires_ms",
+)
+FILE_CONTENT: Final = Key(
+    name="file_content",
+    template="mixfleet:file_content:{file_id}",
+    type="string",
+    writers="file_store.py during an upload, batch_append; file_delete",
+    lifetime="as its file; 1 h while it is uploaded",
+    meaning="the bytes of a file",
+)
+OWN_FILES: Final = Key(
+    name="own_files",
+    template="mixfleet:own_files:{tenant}",
+    type="zset",
+    writers="file_add, file_delete, batch_open",
+    lifetime="as the file that was added last; what is gone is trimmed at the next",
+    meaning="ids of a tenant's files by the ms of their making",
+)
+BATCH: Final = Key(
+    name="batch",
+    template="mixfleet:batch:{batch_id}",
+    type="hash",
+    writers="batch_open, batch_lease, batch_append, batch_move",
+    lifetime="MIXFLEET_BATCH_TTL_S after its end; an open one as much longer as its window is",
+    meaning="a batch: its terms, status, counts, the ms of each status, and lease (the token of "
+    "the gateway that drives it)",
+)
+BATCH_DONE: Final = Key(
+    name="batch_done",
+    template="mixfleet:batch_done:{batch_id}",
+    type="string",
+    writers="batch_append, batch_move",
+    lifetime="until the batch has ended, at most as long as its record",
+    meaning="a bit for each line of a batch: whether its result is in one of the files",
+)
+OWN_BATCHES: Final = Key(
+    name="own_batches",
+    template="mixfleet:own_batches:{tenant}",
+    type="zset",
+    writers="batch_open",
+    lifetime="as the batch that was added last; what is gone is trimmed at the next",
+    meaning="ids of a tenant's batches by the ms of their making",
+)
+BATCHES_OPEN: Final = Key(
+    name="batches_open",
+    template="mixfleet:batches_open",
+    type="zset",
+    writers="batch_open, batch_lease, batch_move",
+    lifetime="a member goes with the end of its batch",
+    meaning="batches that have not ended, by the ms until which a gateway drives each; 0: none "
+    "does",
+)
+
 KEYS: Final[tuple[Key, ...]] = (
     QUEUES,
     QUEUE,
@@ -522,6 +584,13 @@ KEYS: Final[tuple[Key, ...]] = (
     API_CHARGE,
     RESPONSE,
     AIME_SESSION,
+    FILE,
+    FILE_CONTENT,
+    OWN_FILES,
+    BATCH,
+    BATCH_DONE,
+    OWN_BATCHES,
+    BATCHES_OPEN,
 )
 
 

@@ -9,7 +9,7 @@ from redis import Redis
 from redis.client import Pipeline
 from redis.exceptions import NoScriptError, ResponseError
 
-from mixfleet_broker.keys import API_KEY, API_USE, QUEUE, Key, lua_key_table
+from mixfleet_broker.keys import API_KEY, API_USE, BATCH, FILE, QUEUE, Key, lua_key_table
 
 ScriptName = Literal[
     "submit",
@@ -30,22 +30,39 @@ ScriptName = Literal[
     "key_change",
     "key_rotate",
     "key_revoke",
+    "file_add",
+    "file_delete",
+    "batch_open",
+    "batch_lease",
+    "batch_append",
+    "batch_move",
 ]
 Argument = str | bytes | int | float
 
 SCRIPT_NAMES: Final[tuple[ScriptName, ...]] = get_args(ScriptName)
 # Whatever lets a full Redis drain may go over the limit: a claim too, or a Redis full of waiting
 # jobs would stay full. Only what adds to it is refused.
-_REFUSED_WHEN_FULL: Final = frozenset({"submit", "requeue", "ask", "admit", "key_create"})
-_OF_API_KEYS: Final[dict[str, Key]] = {
+_REFUSED_WHEN_FULL: Final = frozenset(
+    {
+        *("submit", "requeue", "ask", "admit", "key_create"),
+        *("file_add", "batch_open", "batch_append"),
+    }
+)
+_FIRST_KEYS: Final[dict[str, Key]] = {
     "admit": API_USE,
     "settle": API_USE,
     "key_create": API_KEY,
     "key_change": API_KEY,
     "key_rotate": API_KEY,
     "key_revoke": API_KEY,
+    "file_add": FILE,
+    "file_delete": FILE,
+    "batch_open": BATCH,
+    "batch_lease": BATCH,
+    "batch_append": BATCH,
+    "batch_move": BATCH,
 }
-"""Scripts that are about an API key, not about a queue, with their KEYS[1]."""
+"""Scripts that are about an API key, a file or a batch, not about a queue, with their KEYS[1]."""
 _USES: Final = "-- uses:"
 
 
@@ -71,7 +88,7 @@ class Scripts:
         Args:
             name: The file without its suffix.
             whose: What it is about, ARGV[1]: the model of the queue, with rq's list as KEYS[1];
-                for the scripts of API keys the key's id, with a hash of the key's as KEYS[1].
+                for the scripts of API keys, files and batches its id, with its hash as KEYS[1].
             args: ARGV from the second on.
         """
         key = self._first_key(name, whose)
@@ -86,7 +103,7 @@ class Scripts:
         pipeline.evalsha(self._digest(name), 1, self._first_key(name, whose), whose, *args)
 
     def _first_key(self, name: ScriptName, whose: str) -> str:
-        return _OF_API_KEYS.get(name, QUEUE)(whose, prefix=self._prefix)
+        return _FIRST_KEYS.get(name, QUEUE)(whose, prefix=self._prefix)
 
     def _digest(self, name: ScriptName) -> str:
         return script_digest(name, with_flags=self._with_flags, prefix=self._prefix)

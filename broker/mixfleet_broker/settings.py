@@ -222,7 +222,7 @@ class Settings:
     lease_s: float = _setting(
         seconds(at_least=1),
         15.0,
-        "How long a worker that says nothing keeps its jobs, in seconds.",
+        "How long a worker that says nothing keeps its jobs, a gateway its batches, in seconds.",
     )
     max_losses: int = _setting(
         whole(at_least=1),
@@ -266,6 +266,30 @@ class Settings:
         seconds(at_least=1),
         86_400.0,
         "How long a stored response of `/v1/responses` is kept after its end, in seconds.",
+    )
+    batch_max_bytes: int = _setting(
+        whole(at_least=1024),
+        64 << 20,
+        "Largest file of requests for a batch, in bytes; a line of it is at most `max_body_bytes`.",
+        shown="64 MiB",
+    )
+    batch_max_lines: int = _setting(
+        whole(at_least=1), 50_000, "Most lines of a file of requests for a batch."
+    )
+    batch_stored_bytes: int = _setting(
+        whole(at_least=1024),
+        1 << 30,
+        "How much the files of one tenant hold when another may be added, in bytes.",
+        shown="1 GiB",
+    )
+    batch_in_flight: int = _setting(
+        whole(at_least=1), 32, "Most lines of a batch that wait or run at the same time."
+    )
+    batch_ttl_s: float = _setting(
+        seconds(at_least=1),
+        604_800.0,
+        "How long a file is kept after its upload, and a batch with its files after its end, in "
+        "seconds.",
     )
     max_body_bytes: int = _setting(
         whole(at_least=1024), 4 << 20, "Largest body of an HTTP request, in bytes."

@@ -153,6 +153,9 @@ class EngineConfig:
     pipelined: bool | None = None
     """Whether a step is launched before the tokens of the one before are read; None: on one GPU,
     where launching does not wait. Not for several ranks: only the first knows the tokens."""
+    symmetric_memory: bool = False
+    """Experimental: up to 8 GPUs of one machine sum up decode steps in memory that they share, in
+    place of NCCL; where they cannot, a warning says why. torch calls its interface alpha."""
     threads: int | None = None
     """CPU threads; None: torch's own default, less one core for what runs beside the engine."""
 

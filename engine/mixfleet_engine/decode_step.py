@@ -5,14 +5,18 @@ one of the next bucket's size, over as much context as the next power of two of 
 rows that fill up a bucket repeat its first row and write nothing: they choose the first row's
 experts, so that no weights are read for their sake.
 
+With several ranks the model and the sampling are recorded apart. Only the first rank samples, and
+what ranks exchange all of them must record alike: a shape that one of them knows and another does
+not would pair a replay with a first run.
+
 Shape letters: B rows of a bucket, M blocks of a block table, V vocabulary.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +28,8 @@ from mixfleet_engine.step import PlannedChunk
 
 Sampling = Literal["greedy", "drawn", "none"]
 """What a step ends with: tokens, all of them the most likely ones; tokens; logits only."""
+
+Key = TypeVar("Key", bound=Hashable)
 
 SMALL_BUCKETS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _INTEGERS: Final = 4
@@ -53,6 +59,7 @@ class DecodeSteps:
         block_size: Tokens per block of KV cache.
         vocab_size: V.
         device: Where all is.
+        is_shared: Whether other ranks run the same steps.
     """
 
     def __init__(
@@ -66,6 +73,7 @@ class DecodeSteps:
         block_size: int,
         vocab_size: int,
         device: torch.device,
+        is_shared: bool = False,
     ) -> None:
         self._forward = forward
         self._recorder = recorder
@@ -74,6 +82,7 @@ class DecodeSteps:
         self._block_size = block_size
         self._vocab_size = vocab_size
         self._device = device
+        self._is_shared = is_shared
         self._buckets = buckets(max_rows)
         rows, width = self._buckets[-1], -(-context_length // block_size)
         self._numbers = torch.zeros(_INTEGERS + NUM_SETTINGS, rows, dtype=torch.int64)
@@ -84,11 +93,18 @@ class DecodeSteps:
         self._sampled = torch.zeros(rows, dtype=torch.int64, device=device)
         self._logits = torch.empty(rows, vocab_size, dtype=torch.float32, device=device)
         self._work: dict[StepShape, Work] = {}
+        self._ends: dict[tuple[int, Sampling], Work] = {}
+        """What samples, where it is recorded apart; by rows."""
 
     @property
     def shapes(self) -> tuple[StepShape, ...]:
         """The shapes that have run so far, in order of their first run."""
         return tuple(self._work)
+
+    def forget(self) -> None:
+        """Drop all recordings."""
+        self._work.clear()
+        self._ends.clear()
 
     def takes(self, num_rows: int) -> bool:
         """Whether a step of so many decodes can run here."""
@@ -106,34 +122,41 @@ class DecodeSteps:
             unread_rows: For each its row in the last tokens, or -1 where its token is known.
             sampling: What to end with.
         """
-        shape = StepShape(
-            self._buckets[bisect_left(self._buckets, len(chunks))],
-            self._context_bucket(max(chunk.start + 1 for chunk in chunks)),
-            sampling,
-        )
-        self._place(chunks, unread_rows, shape)
-        if shape not in self._work:
+        rows = self._buckets[bisect_left(self._buckets, len(chunks))]
+        context = self._context_bucket(max(chunk.start + 1 for chunk in chunks))
+        shape = StepShape(rows, context, "none" if self._is_shared else sampling)
+        self._place(chunks, unread_rows, rows, sampling)
+        self._enqueue(self._work, shape, lambda: self._step(shape))
+        if sampling != shape.sampling:
+            self._enqueue(self._ends, (rows, sampling), lambda: self._sampling(rows, sampling))
+        return (self._logits if sampling == "none" else self._sampled)[: len(chunks)]
+
+    def _enqueue(self, recorded: dict[Key, Work], key: Key, make: Callable[[], Work]) -> None:
+        if key not in recorded:
             # The first step of a shape runs by itself: it makes and tunes the kernels. Recording
             # runs nothing, so the recording is the next step's.
-            work = self._step(shape)
+            work = make()
             work()
-            self._work[shape] = self._recorder.record(work)
+            recorded[key] = self._recorder.record(work)
         else:
-            self._work[shape]()
-        return (self._logits if sampling == "none" else self._sampled)[: len(chunks)]
+            recorded[key]()
 
     def _context_bucket(self, needed: int) -> int:
         sizes = (_LEAST_CONTEXT << doubling for doubling in count())
         return min(next(size for size in sizes if size >= needed), self._context_length)
 
     def _place(
-        self, chunks: Sequence[PlannedChunk], unread_rows: Sequence[int], shape: StepShape
+        self,
+        chunks: Sequence[PlannedChunk],
+        unread_rows: Sequence[int],
+        num_rows: int,
+        sampling: Sampling,
     ) -> None:
         """Write what the step is about where its work reads it, by two copies to the device."""
         # New memory each time: an earlier copy may still be on its way.
         pinned = self._device.type == "cuda"
         numbers = torch.empty(self._numbers.shape, dtype=torch.int64, pin_memory=pinned)
-        size, filling = self._block_size, shape.num_rows - len(chunks)
+        size, filling = self._block_size, num_rows - len(chunks)
         columns = [
             (
                 max(chunk.token_ids[0], 0),
@@ -144,27 +167,26 @@ class DecodeSteps:
             for chunk, unread in zip(chunks, unread_rows, strict=True)
         ]
         columns += [(*columns[0][:3], -1)] * filling
-        numbers[:_INTEGERS, : shape.num_rows] = torch.tensor(columns).T
-        if shape.sampling == "drawn":
+        numbers[:_INTEGERS, :num_rows] = torch.tensor(columns).T
+        if sampling == "drawn":
             settings = [row_settings(c.sampling, c.position, self._vocab_size) for c in chunks]
             settings += settings[:1] * filling
-            numbers[_INTEGERS:, : shape.num_rows].view(torch.float64).copy_(
+            numbers[_INTEGERS:, :num_rows].view(torch.float64).copy_(
                 torch.tensor(settings, dtype=torch.float64).T
             )
         widest = max(len(chunk.block_table) for chunk in chunks)
-        tables = torch.zeros(shape.num_rows, widest, dtype=torch.int32, pin_memory=pinned)
+        tables = torch.zeros(num_rows, widest, dtype=torch.int32, pin_memory=pinned)
         found = tables.numpy()
         for row, chunk in enumerate(chunks):
             found[row, : len(chunk.block_table)] = chunk.block_table
         found[len(chunks) :] = found[0]
         self._numbers.copy_(numbers, non_blocking=True)
-        self._tables[: shape.num_rows, :widest].copy_(tables, non_blocking=True)
+        self._tables[:num_rows, :widest].copy_(tables, non_blocking=True)
 
     def _step(self, shape: StepShape) -> Work:
         """Return the work of a step of this shape."""
         rows = shape.num_rows
         tokens, unread, positions, slots = self._numbers[:_INTEGERS, :rows]
-        settings = self._numbers[_INTEGERS:, :rows].view(torch.float64)
 
         def work() -> None:
             # What was no token has ended its sequence; its row runs on for nobody.
@@ -189,15 +211,27 @@ class DecodeSteps:
                     max_context=shape.max_context,
                 ),
             )
-            logits = self._forward(batch)
-            if shape.sampling == "none":
-                self._logits[: len(logits)] = logits  # none on other ranks than the first
-            elif shape.sampling == "greedy":
-                self._sampled[:rows] = draw_greedy(logits)
-            else:
-                self._sampled[:rows] = draw_tokens(logits, settings.contiguous())
+            self._end(self._forward(batch), shape.sampling)
 
         return work
+
+    def _sampling(self, rows: int, sampling: Sampling) -> Work:
+        """Return the work that samples from what the model's work has left."""
+
+        def work() -> None:
+            self._end(self._logits[:rows], sampling)
+
+        return work
+
+    def _end(self, logits: Tensor, sampling: Sampling) -> None:
+        rows = len(logits)  # none on other ranks than the first
+        if sampling == "none":
+            self._logits[:rows] = logits
+        elif sampling == "greedy":
+            self._sampled[:rows] = draw_greedy(logits)
+        else:
+            settings = self._numbers[_INTEGERS:, :rows].view(torch.float64)
+            self._sampled[:rows] = draw_tokens(logits, settings.contiguous())
 
 
 def buckets(max_rows: int) -> tuple[int, ...]:

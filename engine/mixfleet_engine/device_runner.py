@@ -52,7 +52,7 @@ class DeviceRunner:
         cache: Its KV cache; nobody else writes to it.
         device: Where both are.
         recorder: Records decode steps.
-        max_rows: Most sequences of a step.
+        max_rows: Most sequences of a step; the same on all ranks.
         context_length: Most tokens of a sequence.
     """
 
@@ -82,7 +82,9 @@ class DeviceRunner:
             block_size=cache.block_size,
             vocab_size=model.config.vocab_size,
             device=device,
+            is_shared=model.ranks.shard.world > 1,
         )
+        model.ranks.on_end(self._steps.forget)
 
     @property
     def num_blocks(self) -> int:

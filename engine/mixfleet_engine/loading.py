@@ -10,6 +10,7 @@ import torch
 
 from mixfleet_engine.backend_choice import choose_backend
 from mixfleet_engine.config import EngineConfig, ModelConfig
+from mixfleet_engine.decode_step import buckets
 from mixfleet_engine.devices import machine_of, measured_free_bytes
 from mixfleet_engine.engine import Engine
 from mixfleet_engine.errors import ConfigError
@@ -139,8 +140,13 @@ def make_runner(
     check_sharing(model, ranks.shard.world, weight_dtype=config.weight_dtype)
     plan = _plan(model, config, ranks.shard.world)
     # Before any rank loads: on a CPU each would find less memory than the one before.
-    num_blocks = ranks.lowest(engine_sizes(plan, config, model).num_blocks)
+    sizes = engine_sizes(plan, config, model)
+    num_blocks = ranks.lowest(sizes.num_blocks)
     device = resolve_device(config.device)
+    if config.symmetric_memory:
+        # Before the weights, so that the KV cache takes only what it leaves.
+        num_rows = ranks.lowest(buckets(sizes.max_batch_size)[-1])
+        ranks.share_memory(num_rows, model.dim, resolve_dtype(config.dtype, device))
     loaded, backend_name = _load_model(opened, model, config, progress, ranks)
     free_bytes = measured_free_bytes(device)
     if free_bytes is not None:

@@ -104,8 +104,8 @@ class MixtralModel:
                 layer.attention.add_to(x, batch, cache)
                 layer.moe.add_to(x)
             else:
-                x += self.ranks.sum(layer.attention(x, batch, cache))
-                x += self.ranks.sum(layer.moe(x))
+                self.ranks.add_sum(x, layer.attention(x, batch, cache))
+                self.ranks.add_sum(x, layer.moe(x))
         if len(batch.sample_rows) == 0:  # in the middle of a long prompt
             return x.new_empty(0, self.config.vocab_size, dtype=torch.float32)
         # The vocabulary is wide: only the rows that are sampled pay for it.

@@ -1,18 +1,19 @@
-"""Several processes that run one model together: the only file that knows torch.distributed.
+"""Several processes that run one model together, over torch.distributed.
 
-**Order of sums.** A ring all-reduce, gloo's or NCCL's, cuts its buffer into as many pieces as there
-are ranks, and each piece goes round the ring from another rank on. So the order in which an element
-is summed up depends on where in the buffer it stands, that is on how many rows the step has, and a
-request's last bits would depend on its neighbours. Here every rank gets all partial sums and adds
-them up in the order of the ranks. With N ranks that moves N/2 times the bytes of a ring, which is
-the same for two; decode steps are so small that only the number of messages counts, and that is
-lower. The partial sums travel in the dtype of the blocks and are added up in fp32.
+**Sums.** Every rank gets the parts of all and adds them up in the order of the ranks (`rank_order`
+says why). With N ranks that moves N/2 times the bytes of a ring, which is the same for two; decode
+steps are so small that only the number of messages counts, and that is lower. The parts travel in
+the dtype of the blocks and are added up in fp32.
+
+**Recording.** On GPUs the exchanges of a step can be recorded in a CUDA graph: their memory comes
+from torch's allocator as they run, which gives a graph memory of its own, and no number is looked
+at. NCCL wants that all ranks record the same exchanges or none, and replay them together.
 
 **Waiting.** An idle rank waits for the next plan without limit: when rank 0 ends, the connection
 closes and the wait fails. All other exchanges happen inside a step, where nobody waits long.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
@@ -26,10 +27,17 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # dist's ow
 
 from mixfleet_engine.config import Shard
 from mixfleet_engine.errors import ConfigError, StartHangError
+from mixfleet_engine.rank_order import add_parts, summed
 from mixfleet_engine.ranks import RanksLostError
 from mixfleet_engine.rendezvous import Rendezvous
 from mixfleet_engine.sharding import part_of
 from mixfleet_engine.start_watch import START_PATIENCE_S, Stage, StartWatch
+from mixfleet_engine.symmetric_memory import (
+    BufferNeeds,
+    SymmetricBuffers,
+    open_buffers,
+    torch_blocks,
+)
 from mixfleet_engine.weight_loader import Progress
 
 FRAME_WORDS: Final = 2048
@@ -50,6 +58,8 @@ class TensorParallel:
         self._shard = shard
         self._watch = watch
         self._device = device
+        self._buffers: SymmetricBuffers | None = None
+        self._releases: list[Callable[[], None]] = []
         if device != "cpu":
             torch.cuda.set_device(device)
         with _lost_if_it_fails():
@@ -105,13 +115,27 @@ class TensorParallel:
 
     def sum(self, partial: Tensor) -> Tensor:
         """See :meth:`Ranks.sum <mixfleet_engine.ranks.Ranks.sum>`."""
-        parts = partial.new_empty(self._shard.world, *partial.shape)
-        with _lost_if_it_fails():
-            dist.all_gather(list(parts), partial.contiguous(), group=self._data)
-        total = parts[0].float()
-        for part in parts[1:]:
-            total = total + part
-        return total
+        return summed(self._all_parts(partial))
+
+    def add_sum(self, x: Tensor, partial: Tensor) -> None:
+        """See :meth:`Ranks.add_sum <mixfleet_engine.ranks.Ranks.add_sum>`."""
+        if self._buffers is not None and self._buffers.takes(partial):
+            self._buffers.add_sum(x, partial)
+        else:
+            add_parts(x, self._all_parts(partial))
+
+    def share_memory(self, num_rows: int, width: int, dtype: torch.dtype) -> None:
+        """See :meth:`Ranks.share_memory <mixfleet_engine.ranks.Ranks.share_memory>`."""
+        needs = BufferNeeds(
+            shard=self._shard,
+            device=self._device,
+            num_rows=num_rows,
+            width=width,
+            dtype=dtype,
+        )
+        self._buffers = open_buffers(
+            needs, torch_blocks(self._data), lambda can: self._lowest(int(can)) == 1
+        )
 
     def gather_columns(self, part: Tensor, num_columns: int) -> Tensor:
         """See :meth:`Ranks.gather_columns <mixfleet_engine.ranks.Ranks.gather_columns>`."""
@@ -119,11 +143,12 @@ class TensorParallel:
         cuts = [part_of(num_columns, Shard(rank=rank, world=world)) for rank in range(world)]
         widths = [cut.stop - cut.start for cut in cuts]
         # All ranks must send equal shapes.
-        part = F.pad(part, (0, max(widths) - part.shape[1]))
+        missing = max(widths) - part.shape[1]
+        part = F.pad(part, (0, missing)) if missing else part.contiguous()
         is_first = self._shard.rank == 0
-        parts = [torch.empty_like(part) for _ in widths] if is_first else None
+        parts = part.new_empty(world, *part.shape) if is_first else None
         with _lost_if_it_fails():
-            dist.gather(part, parts, dst=0, group=self._data)
+            dist.gather(part, None if parts is None else list(parts), dst=0, group=self._data)
         if parts is None:
             return part.new_empty(0, num_columns)
         return torch.cat([p[:, :width] for p, width in zip(parts, widths, strict=True)], dim=1)
@@ -140,20 +165,21 @@ class TensorParallel:
 
     def lowest(self, number: int, *, is_loaded: bool = False) -> int:
         """See :meth:`Ranks.lowest <mixfleet_engine.ranks.Ranks.lowest>`."""
-        found = torch.tensor([number])
         # The exchange itself waits for ever, and would not say for whom.
         stage = Stage.LOADED if is_loaded else Stage.LOADING
         self._watch.reached(stage)
         self._watch.wait_for(stage)
-        with _lost_if_it_fails():
-            dist.all_reduce(found, dist.ReduceOp.MIN, group=self._plans)
-        return int(found)
+        return self._lowest(number)
 
     def wait_for_loaded(self) -> None:
         """See :meth:`Ranks.wait_for_loaded <mixfleet_engine.ranks.Ranks.wait_for_loaded>`."""
         self._watch.reached(Stage.READY)
         self._watch.wait_for(Stage.READY)
         self._watch.close()
+
+    def on_end(self, release: Callable[[], None]) -> None:
+        """See :meth:`Ranks.on_end <mixfleet_engine.ranks.Ranks.on_end>`."""
+        self._releases.append(release)
 
     def send(self, words: Sequence[int]) -> None:
         """See :meth:`Ranks.send <mixfleet_engine.ranks.Ranks.send>`."""
@@ -191,8 +217,26 @@ class TensorParallel:
             if kind is None and self._shard.rank == 0:
                 self.send([])
         finally:
+            while self._releases:
+                # Out of the list: what it would keep alive keeps this object and its groups alive.
+                self._releases.pop()()
             # After an error as well: torch may abort a process that ends with its groups open.
             dist.destroy_process_group()
+
+    def _all_parts(self, partial: Tensor) -> Tensor:
+        """Return ``[N, T, D]`` of all N ranks' ``[T, D]``."""
+        parts = partial.new_empty(self._shard.world, *partial.shape)
+        # The older name warns where there is the newer one.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        with _lost_if_it_fails():
+            gather(parts.flatten(0, 1), partial.contiguous(), group=self._data)
+        return parts
+
+    def _lowest(self, number: int) -> int:
+        found = torch.tensor([number])
+        with _lost_if_it_fails():
+            dist.all_reduce(found, dist.ReduceOp.MIN, group=self._plans)
+        return int(found)
 
 
 def rank_device(name: str, local_rank: int) -> str:

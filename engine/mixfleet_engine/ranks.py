@@ -1,8 +1,9 @@
 """What the model needs of the other processes that share it, and the case that there are none."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from mixfleet_engine.config import Shard
@@ -36,6 +37,25 @@ class Ranks(Protocol):
         """
         ...
 
+    def add_sum(self, x: Tensor, partial: Tensor) -> None:
+        """Add the sum of all ranks' ``partial`` to ``x`` in place, with the bits of `sum`.
+
+        A step calls it an even number of times, or not at all: memory that the ranks share takes
+        turns.
+
+        Args:
+            x: The running sum ``[T, D]`` fp32, contiguous.
+            partial: ``[T, D]``, contiguous.
+        """
+        ...
+
+    def share_memory(self, num_rows: int, width: int, dtype: torch.dtype) -> None:
+        """Have the ranks' GPUs share memory for sums up to that size, where they can.
+
+        Experimental, see `symmetric_memory`. Where they cannot, a warning says why.
+        """
+        ...
+
     def gather_columns(self, part: Tensor, num_columns: int) -> Tensor:
         """Return ``[R, num_columns]`` of all ranks' ``part`` ``[R, ...]`` side by side on rank 0.
 
@@ -65,6 +85,14 @@ class Ranks(Protocol):
         """
         ...
 
+    def on_end(self, release: Callable[[], None]) -> None:
+        """Have ``release`` called before the group ends.
+
+        Recordings that hold exchanges between ranks must be gone by then: NCCL waits for their end
+        when it is closed.
+        """
+        ...
+
     def send(self, words: Sequence[int]) -> None:
         """Send whole numbers of 64 bits from rank 0 to all others; none tell them to end."""
         ...
@@ -86,6 +114,13 @@ class OneRank:
         """Return ``partial``, which is the sum already."""
         return partial
 
+    def add_sum(self, x: Tensor, partial: Tensor) -> None:
+        """Add ``partial``, which is the sum already."""
+        x += partial
+
+    def share_memory(self, num_rows: int, width: int, dtype: torch.dtype) -> None:
+        """Do nothing: nobody to share it with."""
+
     def gather_columns(self, part: Tensor, num_columns: int) -> Tensor:
         """Return ``part``, which has all columns already."""
         assert part.shape[1] == num_columns
@@ -102,6 +137,9 @@ class OneRank:
 
     def wait_for_loaded(self) -> None:
         """Do nothing: nobody else loads."""
+
+    def on_end(self, release: Callable[[], None]) -> None:
+        """Do nothing: no group ends."""
 
     def send(self, words: Sequence[int]) -> None:
         """Do nothing: nobody listens."""

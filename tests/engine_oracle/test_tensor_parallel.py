@@ -19,6 +19,7 @@ from mixfleet_engine.errors import NativeUnavailableError
 from mixfleet_engine.loading import load_engine
 from mixfleet_engine.ops.native.library import load_native
 from support import rank_scenario
+from support.rank_device import device_requests
 from support.rank_probe import LENGTHS, NUM_ROWS, VOCAB, numbers
 from support.rank_scenario import (
     MODEL,
@@ -85,6 +86,27 @@ def test_in_bf16_two_ranks_give_a_request_the_same_tokens_in_any_batch(tmp_path:
     )
 
 
+def test_recorded_decodes_give_the_same_tokens_and_every_rank_replays_the_same(
+    tmp_path: Path,
+) -> None:
+    checkpoint = write_hf_checkpoint(tmp_path / "tiny", MODEL)
+    torchrun(2, "support.rank_device", checkpoint, tmp_path)
+    first, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    alone = load_engine(checkpoint, config_of("float32", "cpu"), tokenizer=TOKENIZER)
+    expected = run_scenario(alone, device_requests())
+    assert first["answers"] == json.loads(json.dumps(expected))
+    assert first["preemptions"] > 0
+    # NCCL wants that an exchange is recorded on all ranks or on none.
+    assert first["exchanges"] == other["exchanges"]
+    assert first["shapes"] == other["shapes"]
+    num_replayed = sum(is_replayed for _, _, is_replayed in first["exchanges"])
+    assert num_replayed > len(first["exchanges"]) / 2
+    assert first["left"] == other["left"] == 0
+    # Memory that ranks share takes turns, so each step must end where the next one begins.
+    steps = "".join(name[0] for name, _, _ in first["exchanges"]).split("s")[1:]
+    assert {step.count("a") for step in steps} == {2 * MODEL.n_layers}
+
+
 @pytest.fixture(scope="module")
 def probes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of three ranks has seen."""
@@ -104,12 +126,15 @@ def test_a_row_of_a_sum_does_not_depend_on_the_number_of_rows(probes: list[dict[
 def test_all_ranks_see_the_same_bits(probes: list[dict[str, Any]]) -> None:
     assert probes[0]["sums"] == probes[1]["sums"] == probes[2]["sums"]
     assert probes[0]["narrow"] == probes[1]["narrow"] == probes[2]["narrow"]
+    assert probes[0]["added"] == probes[1]["added"] == probes[2]["added"]
 
 
 def test_narrow_parts_are_summed_up_wide(probes: list[dict[str, Any]]) -> None:
     parts = [numbers(rank, 4).bfloat16().float() for rank in range(3)]
     assert probes[0]["narrow_dtype"] == "torch.float32"
-    assert torch.equal(torch.tensor(probes[0]["narrow"]), parts[0] + parts[1] + parts[2])
+    total = parts[0] + parts[1] + parts[2]
+    assert torch.equal(torch.tensor(probes[0]["narrow"]), total)
+    assert torch.equal(torch.tensor(probes[0]["added"]), numbers(3, 4) + total)
 
 
 def test_only_the_first_rank_gets_the_logits_of_an_uneven_vocabulary(

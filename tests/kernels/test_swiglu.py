@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixfleet_engine.ops.cuda.alignment import Alignment
 from mixfleet_engine.ops.cuda.swiglu import silu_mul
 from support.kernels import DEVICE, off, randn
 
@@ -43,29 +44,37 @@ def test_the_gated_half_may_come_in_fp8(num_rows: int, width: int) -> None:
     assert (error <= expected.abs() / 15.9 + scales[:, None] * 2**-9).all()
 
 
+def aligned(slots: list[int], num_pairs: int) -> Alignment:
+    return Alignment(
+        sorted_slots=torch.tensor(slots, dtype=torch.int32, device=DEVICE),
+        tile_experts=torch.zeros(len(slots) // 2, dtype=torch.int32, device=DEVICE),
+        num_pairs=num_pairs,
+        top_k=1,
+        block_t=2,
+    )
+
+
 @pytest.mark.parametrize("quantise", [False, True])
 def test_rows_that_pad_a_tile_are_passed_over(quantise: bool) -> None:
     x = randn(6, 128, dtype=torch.float32)
     x[[1, 3]] = float("nan")
-    slots = torch.tensor([3, 4, 0, 4, 1, 2], dtype=torch.int32, device=DEVICE)
-    kept = [0, 2, 4, 5]
+    alignment, kept = aligned([3, 4, 0, 4, 1, 2], 4), [0, 2, 4, 5]
     if quantise:
-        values, scales = silu_mul(x, quantise=True, sorted_slots=slots, num_pairs=4)
+        values, scales = silu_mul(x, quantise=True, alignment=alignment)
         wanted = silu_mul(x[kept], quantise=True)
         assert torch.equal(values[kept].float(), wanted.values.float())
         assert torch.equal(scales[kept], wanted.scales)
     else:
-        found = silu_mul(x, sorted_slots=slots, num_pairs=4)
+        found = silu_mul(x, alignment=alignment)
         assert torch.equal(found[kept], silu_mul(x[kept]))
 
 
 def test_passed_over_rows_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    alignment, x = aligned([0, 1], 1), randn(2, 128)
     # What was in memory before is seen only where that memory is known.
     room = torch.full((2, 64), 7.0, device=DEVICE)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: room)
-    slots = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
-    x = randn(2, 128)
-    silu_mul(x, sorted_slots=slots, num_pairs=1)
+    silu_mul(x, alignment=alignment)
     assert (room[1] == 7).all()
     assert off(room[:1], plainly(x[:1])) < 1e-6
 

@@ -15,9 +15,11 @@ from redis.exceptions import NoPermissionError, ResponseError
 from mixfleet_broker.acl import PASSWORD, ROLES, acl_file, acl_lines
 from mixfleet_broker.api_keys import ApiKeys, any_keys
 from mixfleet_broker.attendance import attend
+from mixfleet_broker.batch_store import BatchStore, NewBatch, Result
 from mixfleet_broker.channel import FIRST, delivered_tokens, read_events
 from mixfleet_broker.connection import connect
 from mixfleet_broker.errors import BrokerError, RateLimitedError
+from mixfleet_broker.file_store import FileStore, new_file_id
 from mixfleet_broker.flush import Flush
 from mixfleet_broker.inquiries import InquiryBox, ask
 from mixfleet_broker.inquiry_codec import InquiryAnswer, TokenizeText, encode_answer
@@ -29,6 +31,7 @@ from mixfleet_broker.keys import (
     API_KEY,
     API_SECRET,
     API_USE,
+    BATCHES_OPEN,
     CHANNEL,
     INQUIRIES,
     JOB,
@@ -381,6 +384,50 @@ def test_a_gateway_keeps_responses_and_nobody_else_sees_them(
         assert refused(partial(find_response, user, "j1", prefix=prefix))
         assert refused(partial(delete_response, user, "j1", 60, prefix=prefix))
     assert delete_response(gateway, "j1", 60, prefix=prefix)
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+def test_a_gateway_drives_batches_and_nobody_else_sees_them(
+    admin: Redis, connected: Callable[[str], Redis], prefix: str
+) -> None:
+    assert admin.ping()
+    team = "team-" if prefix else "mixfleet-"
+    user = connected(f"{team}gateway")
+    files, batches = FileStore(user, prefix=prefix), BatchStore(user, prefix=prefix)
+    file_id, gone = new_file_id(), f"batch_{'b' * 32}"
+    files.upload(file_id, b"x\n")
+    files.add(file_id, "t", {"filename": "x", "purpose": "batch"}, ttl_s=9, max_bytes=9)
+    new = NewBatch(
+        batch_id=f"batch_{'a' * 32}",
+        tenant="t",
+        key_id="",
+        endpoint="/v1/completions",
+        input_file=file_id,
+        window="9s",
+        window_s=9,
+        ttl_s=9,
+        in_flight=1,
+        metadata={},
+    )
+    assert batches.open(new) == "opened"
+    admin.zadd(BATCHES_OPEN(prefix=prefix), {gone: 0})
+    assert batches.lease(gone, "token", 9) is None
+    assert batches.lease(new.batch_id, "token", 9)
+    batches.let_go(new.batch_id, "token")
+    assert batches.open_ids() == [new.batch_id]
+    assert batches.lease(new.batch_id, "token", 9)
+    assert batches.append(new.batch_id, "token", [Result(place=0, is_error=False, line=b"x")])
+    assert batches.done(new.batch_id)
+    assert batches.move(new.batch_id, "token", "completed") == "completed"
+    [batch] = batches.own("t")
+    assert [file.file_id for file in files.own("t")].count(batch.output_file) == 1
+    assert files.read(batch.output_file, 0, 9) == b"x"
+    for name in ("client", "worker", "keys"):
+        other = connected(f"{team}{name}")
+        assert refused(partial(BatchStore(other, prefix=prefix).find, new.batch_id))
+        assert refused(partial(FileStore(other, prefix=prefix).read, file_id, 0, 9))
+        assert refused(partial(FileStore(other, prefix=prefix).delete, file_id))
+    assert files.delete(file_id)
 
 
 @pytest.mark.parametrize("prefix", ["", PREFIX])

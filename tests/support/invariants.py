@@ -54,6 +54,7 @@ FOR_EVER: Final = (
     keys.API_KEYS,
     keys.API_KEY,
     keys.API_SECRET,
+    keys.BATCHES_OPEN,
 )
 """Keys without a time to live at rest: their members have one, or an operator says when they go."""
 REGISTRIES: Final = {"finished": keys.FINISHED, "failed": keys.FAILED, "canceled": keys.CANCELED}

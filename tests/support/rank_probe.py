@@ -43,6 +43,9 @@ def probe(ranks: Ranks) -> dict[str, object]:
     rank, world = ranks.shard.rank, ranks.shard.world
     sums = [ranks.sum(numbers(rank, num_rows)).tolist() for num_rows in NUM_ROWS]
     narrow = ranks.sum(numbers(rank, 4).bfloat16())
+    ranks.share_memory(4, WIDTH, torch.bfloat16)
+    added = numbers(world, 4)
+    ranks.add_sum(added, numbers(rank, 4).bfloat16())
     received = []
     for length in LENGTHS:
         if rank == 0:
@@ -53,6 +56,7 @@ def probe(ranks: Ranks) -> dict[str, object]:
         "sums": sums,
         "narrow": narrow.tolist(),
         "narrow_dtype": str(narrow.dtype),
+        "added": added.tolist(),
         "logits": ranks.gather_columns(logits(rank, world), VOCAB).tolist(),
         "lowest": ranks.lowest(100 - rank),
         "lowest_loaded": ranks.lowest(50 - rank, is_loaded=True),

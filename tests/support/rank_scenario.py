@@ -7,6 +7,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -59,9 +60,9 @@ def requests() -> list[GenerateRequest]:
     ]
 
 
-def run_scenario(engine: Engine) -> Answers:
+def run_scenario(engine: Engine, coming: Sequence[GenerateRequest] | None = None) -> Answers:
     """Return the answers; the last request joins in the middle of the others' answers."""
-    coming = requests()
+    coming = list(requests() if coming is None else coming)
     answers: Answers = {}
     step = 0
     while engine.has_work or coming:

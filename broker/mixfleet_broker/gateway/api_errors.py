@@ -4,7 +4,7 @@ Every error of mixfleet has an HTTP status here. The numbers that it carries (de
 and context length) travel in the body beside the text.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
@@ -166,3 +166,16 @@ def error_of_end(end: JobEnd, job_id: str) -> ApiError | None:
     if end.state == "finished":
         return None
     return as_api_error(error_from_end(end, job_id=job_id))
+
+
+def error_of_values(errors: Sequence[Any]) -> ApiError:
+    """Return how a body with values of a wrong form is answered: what pydantic found in it."""
+    first = errors[0]
+    param = ".".join(map(str, first["loc"])) or None
+    text = first["msg"]
+    if first["type"] == "extra_forbidden":
+        text = "this parameter is not known here"
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    where = f"{param}: " if param else ""
+    code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
+    return ApiError(400, f"{where}{text}{more}", code=code, param=param)

@@ -18,6 +18,8 @@ from starlette.routing import Match
 from mixfleet_broker.errors import MixfleetError
 from mixfleet_broker.gateway import (
     anthropic_messages,
+    batches,
+    files,
     health,
     jobs,
     metrics,
@@ -33,7 +35,8 @@ from mixfleet_broker.gateway.aime_files import check_names, read_endpoints
 from mixfleet_broker.gateway.aime_routes import AimeRoutes, is_aime
 from mixfleet_broker.gateway.aime_shapes import error_body as aime_body
 from mixfleet_broker.gateway.anthropic_errors import anthropic_body, is_anthropic
-from mixfleet_broker.gateway.api_errors import ApiError, as_api_error
+from mixfleet_broker.gateway.api_errors import ApiError, as_api_error, error_of_values
+from mixfleet_broker.gateway.batch_runner import BatchRunner
 from mixfleet_broker.gateway.caller import Gatekeeper, is_loopback
 from mixfleet_broker.gateway.fleet import Fleet
 from mixfleet_broker.gateway.guard import REQUEST_ID, ErrorBody, Guard
@@ -68,9 +71,11 @@ def create_app(settings: Settings) -> FastAPI:
         app.state.service = service
         app.state.aime = Aime(service, described)
         app.state.followers = Followers()
+        app.state.batches = BatchRunner(service)
         try:
             yield
         finally:
+            await app.state.batches.close()
             await app.state.aime.close()
             await app.state.followers.close()
             await fleet.close()
@@ -88,6 +93,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(tokens.router)
     app.include_router(openai_models.router)
     app.include_router(responses.router)
+    app.include_router(files.router)
+    app.include_router(batches.router)
     app.include_router(anthropic_messages.router)
     app.include_router(jobs.router)
     app.include_router(health.router)
@@ -109,6 +116,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(
         Guard,
         max_body_bytes=settings.max_body_bytes,
+        larger=files.body_limits(settings),
         is_local=is_loopback(settings.listen) and not settings.require_key,
         web_origins=(settings.cors_origins or "").split(","),
         max_connections=settings.max_connections,
@@ -178,16 +186,9 @@ async def _on_mixfleet_error(request: Request, error: Exception) -> Response:
 
 async def _on_invalid_body(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    param = ".".join(str(part) for part in first["loc"] if part != "body") or None
-    text = first["msg"]
-    if first["type"] == "extra_forbidden":
-        text = "this parameter is not known here"
-    others = len(error.errors()) - 1
-    more = f" (and {others} more)" if others else ""
-    where = f"{param}: " if param else ""
-    code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
-    return _answered(request, ApiError(400, f"{where}{text}{more}", code=code, param=param))
+    first, *others = error.errors()
+    where = [part for part in first["loc"] if part != "body"]
+    return _answered(request, error_of_values([{**first, "loc": where}, *others]))
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

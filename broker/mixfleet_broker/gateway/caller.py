@@ -12,7 +12,7 @@ from typing import Final
 from starlette.requests import Request
 
 from mixfleet_broker.api_keys import ApiKeys, any_keys
-from mixfleet_broker.errors import BrokerError, MixfleetError
+from mixfleet_broker.errors import BrokerError, MixfleetError, UnknownKeyError
 from mixfleet_broker.gateway.api_errors import ApiError, as_api_error
 from mixfleet_broker.gateway.cached import Cached
 from mixfleet_broker.gateway.fleet import Fleet
@@ -60,9 +60,13 @@ class Caller:
                 param="model",
             )
 
+    def owns(self, tenant: str) -> bool:
+        """Whether the caller may see and change what is a tenant's."""
+        return self.record is None or tenant == self.tenant or "admin" in self.record.scopes
+
     def check_owner(self, tenant: str, job_id: str) -> None:
         """Raise, as if there were no such job, unless it is the caller's own."""
-        if self.record is not None and tenant != self.tenant and "admin" not in self.record.scopes:
+        if not self.owns(tenant):
             raise ApiError(
                 404,
                 f"no job {job_id}: it never existed, or it ended too long ago",
@@ -81,8 +85,8 @@ class Gatekeeper(JobObserver):
     def __init__(self, fleet: Fleet, settings: Settings) -> None:
         self._fleet = fleet
         self._settings = settings
-        keys = ApiKeys(fleet.redis, prefix=fleet.prefix)
-        self._cache = KeyCache(keys.find)
+        self._keys = ApiKeys(fleet.redis, prefix=fleet.prefix)
+        self._cache = KeyCache(self._keys.find)
         self._limits = KeyLimits(fleet.redis, prefix=fleet.prefix)
         self._any_keys: Cached[bool] = Cached(partial(fleet.with_redis, any_keys), _OPEN_FOR_S)
         self._charged: dict[str, KeyRecord] = {}
@@ -179,6 +183,29 @@ class Gatekeeper(JobObserver):
         counted = await self._admit(replace(record, limits=limits), [new_job_id()], 0)
         return rate_limit_headers(counted.states)
 
+    def expect(self, caller: Caller, job_ids: Sequence[str]) -> None:
+        """Settle jobs at their ends that another gateway has charged to the caller's key."""
+        if caller.record is not None:
+            self._charged.update(dict.fromkeys(job_ids, caller.record))
+
+    async def payer(self, tenant: str, key_id: str) -> Caller:
+        """Return who pays for what goes on without a request.
+
+        Args:
+            tenant: Whose it is.
+            key_id: Of the API key that it was asked for with; empty where there was none.
+
+        Raises:
+            ApiError: 401, the key is not valid any more.
+        """
+        if not key_id:
+            return Caller(tenant)
+        try:
+            record = await self._fleet.call(self._keys.get, key_id)
+        except UnknownKeyError:
+            return self.caller_of(None)
+        return self.caller_of(None if record.revoked_at is not None else record)
+
     async def refund(self, caller: Caller, admission: Admission | None) -> None:
         """Give back all of a request that was not taken."""
         if caller.record is None or admission is None:
@@ -203,6 +230,11 @@ class Gatekeeper(JobObserver):
         )
         self._settling.add(settling)
         settling.add_done_callback(self._settled)
+
+    async def settled(self) -> None:
+        """Wait until all jobs that have ended so far are settled, or could not be."""
+        if self._settling:
+            await asyncio.wait(set(self._settling))
 
     def _settled(self, settling: "asyncio.Future[int]") -> None:
         self._settling.discard(settling)

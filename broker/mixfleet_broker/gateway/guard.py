@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 from starlette.datastructures import MutableHeaders
@@ -37,6 +37,7 @@ class Guard:
     Args:
         app: The application.
         max_body_bytes: Of a request.
+        larger: Limits of paths that have one of their own.
         max_connections: At the same time, as far as the server counts them.
         is_local: Only this machine is served, and without keys: a web page that talked its
             browser into calling us, under another host's name, is refused.
@@ -49,6 +50,7 @@ class Guard:
         app: ASGIApp,
         *,
         max_body_bytes: int,
+        larger: Mapping[str, int] | None = None,
         max_connections: int,
         is_local: bool,
         web_origins: Collection[str] = (),
@@ -56,6 +58,7 @@ class Guard:
     ) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._larger = dict(larger or {})
         self._max_connections = max_connections
         self._is_local = is_local
         self._web_origins = frozenset(web_origins)
@@ -81,8 +84,9 @@ class Guard:
 
         try:
             self._check_crowd(scope.get("state", {}).get(NUM_CONNECTIONS, 0))
-            self._check(headers)
-            await self._app(scope, self._limited(receive), send_with_id)
+            limit = self._larger.get(scope["path"], self._max_body_bytes)
+            self._check(headers, limit)
+            await self._app(scope, _limited(receive, limit), send_with_id)
         except Exception as error:
             if begun:
                 raise
@@ -103,10 +107,10 @@ class Guard:
             retry_after_s=CROWDED_S,
         ).with_headers({"connection": "close"})
 
-    def _check(self, headers: dict[bytes, bytes]) -> None:
+    def _check(self, headers: dict[bytes, bytes], limit: int) -> None:
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length[:20]) > self._max_body_bytes:
-            raise self._too_large(length.decode("latin-1")[:20])
+        if not length.isdigit() or int(length[:20]) > limit:
+            raise _too_large(length.decode("latin-1")[:20], limit)
         if not self._is_local:
             return
         host = headers.get(b"host", b"localhost").decode("latin-1")
@@ -126,27 +130,29 @@ class Guard:
         origin = headers.get(b"origin", b"").decode("latin-1")
         return "*" not in self._web_origins and origin not in self._web_origins
 
-    def _limited(self, receive: Receive) -> Receive:
-        num_bytes = 0
 
-        async def receive_limited() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            if message["type"] == "http.request":
-                num_bytes += len(message.get("body", b""))
-                if num_bytes > self._max_body_bytes:
-                    raise self._too_large(f"more than {self._max_body_bytes}")
-            return message
+def _limited(receive: Receive, limit: int) -> Receive:
+    num_bytes = 0
 
-        return receive_limited
+    async def receive_limited() -> Message:
+        nonlocal num_bytes
+        message = await receive()
+        if message["type"] == "http.request":
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > limit:
+                raise _too_large(f"more than {limit}", limit)
+        return message
 
-    def _too_large(self, length: str) -> ApiError:
-        return ApiError(
-            413,
-            f"the body has {length} bytes, the limit is {self._max_body_bytes}",
-            code="body_too_large",
-            details={"limit": self._max_body_bytes},
-        )
+    return receive_limited
+
+
+def _too_large(length: str, limit: int) -> ApiError:
+    return ApiError(
+        413,
+        f"the body has {length} bytes, the limit is {limit}",
+        code="body_too_large",
+        details={"limit": limit},
+    )
 
 
 def _request_id(given: bytes) -> str:

@@ -35,7 +35,7 @@ async def create_chat_completion(request: Request, body: ChatBody) -> Response:
     service: Service = request.app.state.service
     caller = await service.gate.caller(request)
     jobs = chat_jobs(body, job_ids(request, caller, body.n or 1))
-    reply = _Reply(body, jobs)
+    reply = ChatReply(body, jobs)
     answer = await service.begin(
         request, caller, jobs, streams=body.stream, priority=body.priority()
     )
@@ -63,7 +63,7 @@ def chat_jobs(body: ChatBody, ids: list[str]) -> list[ChatJob]:
     ]
 
 
-class _Reply:
+class ChatReply:
     """What one request is answered with."""
 
     def __init__(self, body: ChatBody, jobs: list[ChatJob]) -> None:

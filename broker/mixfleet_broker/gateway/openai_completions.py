@@ -28,7 +28,7 @@ async def create_completion(request: Request, body: CompletionBody) -> Response:
     caller = await service.gate.caller(request)
     body.check()
     jobs = completion_jobs(body, job_ids(request, caller, body.num_choices()))
-    reply = _Reply(body, jobs)
+    reply = CompletionReply(body, jobs)
     answer = await service.begin(
         request, caller, jobs, streams=body.stream, priority=body.priority()
     )
@@ -58,7 +58,7 @@ def completion_jobs(body: CompletionBody, ids: list[str]) -> list[ChatJob]:
     return jobs
 
 
-class _Reply:
+class CompletionReply:
     """What one request is answered with."""
 
     def __init__(self, body: CompletionBody, jobs: list[ChatJob]) -> None:

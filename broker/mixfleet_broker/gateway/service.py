@@ -24,6 +24,7 @@ from mixfleet_broker.gateway.fleet import Fleet
 from mixfleet_broker.gateway.watch import JobWatch
 from mixfleet_broker.inquiry_codec import CheckJob, Inquiry, InquiryAnswer
 from mixfleet_broker.job_codec import encode_job
+from mixfleet_broker.limits import Admission
 from mixfleet_broker.messages import ChatJob, new_job_id
 from mixfleet_broker.settings import Settings
 from mixfleet_broker.submitting import num_prompt_bytes
@@ -84,13 +85,43 @@ class Service:
         Raises:
             ApiError: The request cannot be served; nothing is queued.
         """
-        model = jobs[0].model
+        caller.check_model(jobs[0].model)
         jobs = [replace(job, traceparent=_traceparent(request)) for job in jobs]
+        try:
+            terms = _terms(request, caller, priority)
+            leaving = on_disconnect or _on_disconnect(request, self.settings)
+        except MixfleetError as error:
+            raise as_api_error(error) from error
+        answer = await self.queue(caller, jobs, replace(terms, keep_s=keep_s), leaving)
+        if streams:
+            await answer.peek(_PEEK_S)
+        return answer
+
+    async def queue(
+        self,
+        caller: Caller,
+        jobs: Sequence[ChatJob],
+        terms: JobTerms,
+        on_disconnect: Disconnect,
+        *,
+        is_charged: bool = False,
+    ) -> Answer:
+        """Do as :meth:`begin`, on terms that no request sets.
+
+        Args:
+            caller: Who pays.
+            jobs: One for each choice, all of one model.
+            terms: Of all of them.
+            on_disconnect: What becomes of the jobs when their reader goes away.
+            is_charged: Another gateway has submitted these jobs before; their caller owes no more.
+
+        Raises:
+            ApiError: The jobs cannot be served; none is queued.
+        """
+        model = jobs[0].model
         caller.check_model(model)
         try:
             await self.fleet.check_model(model)
-            terms = _terms(request, caller, priority)
-            leaving = on_disconnect or _on_disconnect(request, self.settings)
             context_length = await self.fleet.context_length(model)
             each = _one_of_each_prompt(jobs)
             doubtful = [
@@ -102,23 +133,18 @@ class Service:
                 await asyncio.gather(*(self._check(model, payload) for payload in doubtful))
         except MixfleetError as error:
             raise as_api_error(error) from error
-        job_ids = [job.job_id for job in jobs]
         tokens = max(_most_tokens(job, context_length) for job in each)
-        try:
-            admission = await self.gate.charge(caller, job_ids, tokens)
-        except ApiError as error:
-            self.watch.turned_away(model, error.code or "limit")
-            raise
+        admission = await self._charge(caller, jobs, tokens, is_charged=is_charged)
         answer = Answer(
             self.fleet,
             jobs,
-            replace(terms, ends_with_reader=leaving == "cancel", keep_s=keep_s),
+            replace(terms, ends_with_reader=on_disconnect == "cancel"),
             caller.rules(self.fleet.rules),
             self.watch,
             key_id=caller.name,
-            on_disconnect=leaving,
+            on_disconnect=on_disconnect,
             headers={
-                "x-job-id": ",".join(job_ids),
+                "x-job-id": ",".join(job.job_id for job in jobs),
                 **(rate_limit_headers(admission.states) if admission is not None else {}),
             },
         )
@@ -129,9 +155,20 @@ class Service:
             if error.code != JobConflictError.code:
                 await self.gate.refund(caller, admission)
             raise
-        if streams:
-            await answer.peek(_PEEK_S)
         return answer
+
+    async def _charge(
+        self, caller: Caller, jobs: Sequence[ChatJob], tokens: int, *, is_charged: bool
+    ) -> Admission | None:
+        job_ids = [job.job_id for job in jobs]
+        if is_charged:
+            self.gate.expect(caller, job_ids)
+            return None
+        try:
+            return await self.gate.charge(caller, job_ids, tokens)
+        except ApiError as error:
+            self.watch.turned_away(jobs[0].model, error.code or "limit")
+            raise
 
     async def _check(self, model: str, payload: bytes) -> None:
         """Ask a worker if it would take a job; where none says so in time, the job's own will."""

@@ -62,10 +62,12 @@ def test_a_script_names_every_argument_that_it_reads(name: ScriptName) -> None:
     assert read <= named
 
 
-def test_only_what_adds_jobs_is_refused_by_a_full_server() -> None:
+def test_only_what_adds_to_it_is_refused_by_a_full_server() -> None:
+    adding = {"submit", "requeue", "ask", "admit", "key_create"}
+    adding |= {"file_add", "batch_open", "batch_append"}
     for name in SCRIPT_NAMES:
         first_line = script_text(name, with_flags=True).splitlines()[0]
-        adds = name in ("submit", "requeue", "ask", "admit", "key_create")
+        adds = name in adding
         assert first_line == ("#!lua" if adds else "#!lua flags=allow-oom")
 
 

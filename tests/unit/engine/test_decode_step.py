@@ -1,7 +1,7 @@
 """Decode steps in buckets against the plain computation of each row by itself."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -66,7 +66,11 @@ class HashingModel:
 
 
 def steps(
-    model: HashingModel, last_tokens: Tensor, recorder: CountingRecorder | NoRecorder | None = None
+    model: Callable[[PlacedBatch], Tensor],
+    last_tokens: Tensor,
+    recorder: CountingRecorder | NoRecorder | None = None,
+    *,
+    is_shared: bool = False,
 ) -> DecodeSteps:
     return DecodeSteps(
         model,
@@ -77,6 +81,7 @@ def steps(
         block_size=BLOCK,
         vocab_size=VOCAB,
         device=CPU,
+        is_shared=is_shared,
     )
 
 
@@ -180,6 +185,35 @@ def test_a_shape_is_recorded_once_and_then_only_replayed() -> None:
     )
     run.run([wide], [-1], "greedy")
     assert run.shapes == (StepShape(8, 512, "greedy"), StepShape(1, CONTEXT, "greedy"))
+
+
+def test_ranks_record_the_same_at_the_same_step_whatever_the_first_one_samples() -> None:
+    rng, exchanges = random.Random(8), [CountingRecorder(), CountingRecorder()]
+    last = torch.zeros(8, dtype=torch.int64)
+    first = steps(HashingModel(), last, exchanges[0], is_shared=True)
+    other = steps(lambda _: torch.empty(0, VOCAB), last, exchanges[1], is_shared=True)
+    for _ in range(20):
+        sampled = rng.random() < 0.5
+        chunks = [random_chunk(rng, sampled=sampled, context=900) for _ in range(rng.randint(1, 8))]
+        expected = Sampler().sample(expected_logits(chunks), chunks)
+        unread = [-1] * len(chunks)
+        found = first.run(chunks, unread, "drawn" if sampled else "greedy")
+        other.run(chunks, unread, "none")
+        assert found.tolist() == [t.token_id for t in expected]
+        assert first.shapes == other.shapes
+    assert {shape.sampling for shape in first.shapes} == {"none"}
+    assert len(first.shapes) == exchanges[1].num_recorded < exchanges[0].num_recorded
+
+
+def test_what_was_recorded_can_be_forgotten() -> None:
+    rng, recorder = random.Random(2), CountingRecorder()
+    run = steps(HashingModel(), torch.zeros(4, dtype=torch.int64), recorder, is_shared=True)
+    chunks = [random_chunk(rng, sampled=False, context=90)]
+    run.run(chunks, [-1], "greedy")
+    run.forget()
+    assert run.shapes == ()
+    run.run(chunks, [-1], "greedy")
+    assert (recorder.num_recorded, recorder.num_replayed) == (4, 0)
 
 
 def test_buckets_go_up_to_the_largest_step() -> None:

@@ -71,6 +71,26 @@ def test_an_engine_on_one_gpu_is_pipelined(
     assert loading._is_pipelined(EngineConfig(), world) == pipelined
 
 
+class SharingRanks(OneRank):
+    """Notes for what memory is to be shared."""
+
+    def __init__(self) -> None:
+        self.shared: list[tuple[int, int, torch.dtype]] = []
+
+    def share_memory(self, num_rows: int, width: int, dtype: torch.dtype) -> None:
+        self.shared.append((num_rows, width, dtype))
+
+
+@pytest.mark.parametrize(("asked", "shared"), [(False, []), (True, [(8, 64, torch.float32)])])
+def test_ranks_share_memory_for_the_largest_decode_step_if_told_to(
+    tmp_path: Path, asked: bool, shared: list[tuple[int, int, torch.dtype]]
+) -> None:
+    ranks = SharingRanks()
+    config = replace(CONFIG, symmetric_memory=asked, max_batch_size=5)
+    load_runner(write_hf_checkpoint(tmp_path, SMALL), config, None, ranks)
+    assert ranks.shared == shared
+
+
 def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     folder = write_hf_checkpoint(tmp_path, SMALL)

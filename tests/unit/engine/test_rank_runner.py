@@ -100,5 +100,10 @@ def test_one_rank_alone_sums_gathers_and_tells_nobody() -> None:
     assert alone.lowest(7) == 7
     assert alone.watched(None) is None
     assert alone.receive() == []
+    total = torch.ones(2, 3)
+    alone.add_sum(total, x)
+    assert torch.equal(total, x + 1)
+    alone.share_memory(4, 3, torch.float32)
+    alone.on_end(lambda: None)
     alone.send([1])
     alone.wait_for_loaded()

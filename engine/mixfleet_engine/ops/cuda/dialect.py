@@ -20,9 +20,14 @@ INTERPRETED: Final = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 @triton.jit
 def product(a, b, acc):
-    """Return ``acc + a @ b`` in fp32, for ``a`` ``[M, K]`` and ``b`` ``[K, N]`` of one dtype."""
+    """Return ``acc + a @ b`` in fp32, for ``a`` ``[M, K]`` and ``b`` ``[K, N]`` of one dtype.
+
+    numpy sums up a row in another order where it stands elsewhere, which no matrix unit does; in
+    fp64 that is far below what is kept.
+    """
     if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+        wide = tl.dot(a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64))
+        return (acc.to(tl.float64) + wide).to(tl.float32)
     else:  # noqa: RET505 (what follows a return would be compiled too)
         return tl.dot(a, b, acc)
 
@@ -40,8 +45,8 @@ def from_integers(numbers, dtype: tl.constexpr):
 def rounded(values, dtype: tl.constexpr):
     """Return fp32 ``values`` in ``dtype``, the nearest, of two that are equally near the even one.
 
-    They must not lie beyond the largest of ``dtype``; NaN stays NaN. The interpreter would cut off
-    what bf16 has no room for, and lose carries and NaN of fp8. So there they are rounded before.
+    They must not round to beyond the largest of ``dtype``; NaN stays NaN. The interpreter would cut
+    off what bf16 has no room for, and lose carries and NaN of fp8: there they are rounded before.
     """
     if INTERPRETED:
         bits = values.to(tl.int32, bitcast=True)

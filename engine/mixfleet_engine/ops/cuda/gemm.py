@@ -4,8 +4,9 @@
 64 rows of weights fill the matrix instruction of a warp group, and the tokens are its flexible side
 (16 to 128). Weights in fewer bits are taken apart in registers, where the left operand may stay.
 
-**Bits.** A number of the result is one sum along K, in steps of 128 inputs, by one program, by the
-same instruction for any tile. So it depends on its row of weights and its token only.
+**Bits.** A number of the result is one sum along K, in steps as `tiles.py` fixes them, by one
+program, by the same instruction for any tile. So it depends on its row of weights and its token
+only.
 
 **Forms.** Plain: as they are. int8: whole numbers are exact in bf16 and fp16; the row's scale comes
 last. int4: so are 0 to 15 less the zero point; each group's product gets its scale, in fp32. fp8:
@@ -18,8 +19,6 @@ F expert width, E experts. For T tokens of Mixtral 8x7B a layer moves the weight
 have 42 million numbers.
 """
 
-from typing import Final
-
 import torch
 import triton
 import triton.language as tl
@@ -29,12 +28,9 @@ from mixfleet_engine.ops.cuda.alignment import Alignment
 from mixfleet_engine.ops.cuda.dialect import INTERPRETED, product, rounded
 from mixfleet_engine.ops.cuda.packed import WORDS, PackedWeight
 from mixfleet_engine.ops.cuda.quant import QuantisedRows
-from mixfleet_engine.ops.cuda.tiles import Tiles
+from mixfleet_engine.ops.cuda.tiles import LEAST_ROWS, STEP, Tiles
 from mixfleet_engine.ops.cuda.unpack import int4_tile, int8_tile
-from mixfleet_engine.weight_formats import INT4_GROUP
 
-STEP: Final = INT4_GROUP
-"""Inputs of one step along K; also a group of int4."""
 Rows = Tensor | QuantisedRows
 """Rows ``[T, K]`` of tokens; fp8 ones with their scales only for fp8 weights."""
 
@@ -130,6 +126,8 @@ def _launch(
     assert values.shape[1] == weight.k
     assert (x_scales is not None) <= (weight.form == "fp8")
     assert alignment is None or alignment.block_t == tiles.block_t
+    assert tiles.block_t >= LEAST_ROWS
+    assert tiles.block_n == 16 * tiles.num_warps
     width = weight.n // 2 if swiglu else weight.n
     if num_tiles == 0:
         return
@@ -152,8 +150,8 @@ def _launch(
         ADD=add,
         BLOCK_N=tiles.block_n,
         BLOCK_T=tiles.block_t,
-        BLOCK_K=STEP,
-        WORDS=WORDS.get(weight.form, STEP),
+        BLOCK_K=STEP[weight.form],
+        WORDS=WORDS.get(weight.form, STEP[weight.form]),
         GROUP=tiles.group,
         STAGES=tiles.num_stages,
         PTX=tiles.ptx and values.dtype == torch.bfloat16,

@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mixfleet_engine.ops.cuda.dialect import rounded
-from mixfleet_engine.ops.cuda.gemm import STEP, added, silu
+from mixfleet_engine.ops.cuda.gemm import added, silu
 from mixfleet_engine.ops.cuda.packed import WORDS, Form, PackedWeight
+from mixfleet_engine.weight_formats import INT4_GROUP
 
 MOST_TOKENS: Final = 4
 _COLUMNS: Final = 8
@@ -109,9 +110,9 @@ def _launch(
         ADD=add,
         BLOCK_N=_ROWS,
         BLOCK_T=_COLUMNS,
-        BLOCK_K=STEP,
+        BLOCK_K=INT4_GROUP,
         AT_ONCE=_STEPS,
-        WORDS=WORDS.get(weight.form, STEP),
+        WORDS=WORDS.get(weight.form, INT4_GROUP),
         STAGES=_STAGES[weight.form],
         PTX=x.dtype == torch.bfloat16,
         num_warps=_STEPS,

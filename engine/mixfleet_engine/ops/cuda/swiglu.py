@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixfleet_engine.ops.cuda.alignment import Alignment
 from mixfleet_engine.ops.cuda.dialect import rounded
 from mixfleet_engine.ops.cuda.quant import (
     QuantisedRows,
@@ -31,32 +32,28 @@ def silu_mul(
     x: Tensor,
     *,
     quantise: Literal[False] = False,
-    sorted_slots: Tensor | None = None,
-    num_pairs: int = 0,
+    alignment: Alignment | None = None,
 ) -> Tensor: ...
 @overload
 def silu_mul(
     x: Tensor,
     *,
     quantise: Literal[True],
-    sorted_slots: Tensor | None = None,
-    num_pairs: int = 0,
+    alignment: Alignment | None = None,
 ) -> QuantisedRows: ...
 def silu_mul(
     x: Tensor,
     *,
     quantise: bool = False,
-    sorted_slots: Tensor | None = None,
-    num_pairs: int = 0,
+    alignment: Alignment | None = None,
 ) -> Tensor | QuantisedRows:
     """Return ``silu(first half) * second half`` of ``x`` ``[P, 2F]``, in its dtype or in fp8.
 
     Args:
         x: Any floating dtype.
         quantise: Whether to return it in fp8, each row with its scale.
-        sorted_slots: ``[P]`` as of an `Alignment`. Rows that pad an expert's run are then left as
-            they are, whatever that is: with few tokens they are half of all.
-        num_pairs: The number of the alignment's pairs, with which it marks those rows.
+        alignment: Where ``x`` has a row for each of its slots. Those that pad an expert's run are
+            then left as they are, whatever that is: with few tokens they are half of all.
     """
     assert x.is_contiguous()
     num_rows, width = x.shape[0], x.shape[1] // 2
@@ -70,9 +67,9 @@ def silu_mul(
     if num_rows:
         _silu_mul[(num_rows, triton.cdiv(width, block))](
             x,
-            sorted_slots,
+            alignment.sorted_slots if alignment else None,
             *numbers_and_scales(out),
-            num_pairs,
+            alignment.num_pairs if alignment else 0,
             F=width,
             BLOCK_F=block,
             num_warps=warps_for(block),
