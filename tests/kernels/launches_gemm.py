@@ -3,10 +3,11 @@
 import torch
 
 from mixfleet_engine.ops.cuda.alignment import Alignment
-from mixfleet_engine.ops.cuda.gemm import STEP, Rows, dense, experts_down, experts_up
+from mixfleet_engine.ops.cuda.gemm import Rows, dense, experts_down, experts_up
 from mixfleet_engine.ops.cuda.packed import WORDS, Form, PackedWeight
 from mixfleet_engine.ops.cuda.quant import empty_rows
 from mixfleet_engine.ops.cuda.tiles import default_tiles
+from mixfleet_engine.weight_formats import INT4_GROUP
 
 META = torch.device("meta")
 SHARED = 163 << 10
@@ -15,8 +16,8 @@ TYPES = {"plain": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
 def weight(form: Form, count: int, n: int, k: int) -> PackedWeight:
-    groups = k // STEP
-    stored = (count, n, groups * WORDS.get(form, STEP))
+    groups = k // INT4_GROUP
+    stored = (count, n, groups * WORDS.get(form, INT4_GROUP))
     return PackedWeight(
         form=form,
         n=n,
@@ -61,7 +62,7 @@ def int4_decode() -> None:
 
 
 def int4_prefill() -> None:
-    launch("int4", 128, 4096, 14336)
+    launch("int4", 64, 4096, 14336)
 
 
 def fp8() -> None:
@@ -71,7 +72,7 @@ def fp8() -> None:
 
 def int8() -> None:
     launch("int8", 16, 4096, 14336)
-    launch("int8", 128, 4096, 14336)
+    launch("int8", 64, 4096, 14336)
 
 
 def plain() -> None:

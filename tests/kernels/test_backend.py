@@ -97,7 +97,7 @@ def test_tokens_are_in_fp8_too_where_weights_are(tmp_path: Path, batch_invariant
     folder = write_hf_checkpoint(tmp_path, both)
     more = {"dtype": "bfloat16", "weight_dtype": "fp8", "batch_invariant": batch_invariant}
     expected = load_runner(folder, settings("reference", **more)).logits(PLAN)
-    assert 0.003 < off(load_runner(folder, settings(**more)).logits(PLAN), expected) < 0.08
+    assert 0.003 < off(load_runner(folder, settings(**more)).logits(PLAN), expected) < 0.12
 
 
 @pytest.mark.parametrize("weight_dtype", ["int8", "int4", "fp8"])

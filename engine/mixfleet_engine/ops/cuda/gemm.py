@@ -4,8 +4,9 @@
 64 rows of weights fill the matrix instruction of a warp group, and the tokens are its flexible side
 (16 to 128). Weights in fewer bits are taken apart in registers, where the left operand may stay.
 
-**Bits.** A number of the result is one sum along K, in steps of 128 inputs, by one program, by the
-same instruction for any tile. So it depends on its row of weights and its token only.
+**Bits.** A number of the result is one sum along K, in steps as `tiles.py` fixes them, by one
+program, by the same instruction for any tile. So it depends on its row of weights and its token
+only.
 
 **Forms.** Plain: as they are. int8: whole numbers are exact in bf16 and fp16; the row's scale comes
 last. int4: so are 0 to 15 less the zero point; each group's product gets its scale, in fp32. fp8:
@@ -18,8 +19,6 @@ F expert width, E experts. For T tokens of Mixtral 8x7B a layer moves the weight
 have 42 million numbers.
 """
 
-from typing import Final
-
 import torch
 import triton
 import triton.language as tl
@@ -29,12 +28,9 @@ from mixfleet_engine.ops.cuda.alignment import Alignment
 from mixfleet_engine.ops.cuda.dialect import INTERPRETED, product, rounded
 from mixfleet_engine.ops.cuda.packed import WORDS, PackedWeight
 from mixfleet_engine.ops.cuda.quant import QuantisedRows
-from mixfleet_engine.ops.cuda.tiles import Tiles
+from mixfleet_engine.ops.cuda.tiles import LEAST_ROWS, STEP, Tiles
 from mixfleet_engine.ops.cuda.unpack import int4_tile, int8_tile
-from mixfleet_engine.weight_formats import INT4_GROUP
 
-STEP: Final = INT4_GROUP
-"""Inputs of one step along K; also a group of int4."""
 Rows = Tensor | QuantisedRows
 """Rows ``[T, K]`` of tokens; fp8 ones with their scales only for fp8 weights."""
 
@@ -130,6 +126,8 @@ def _launch(
     assert values.shape[1] == weight.k
     assert (x_scales is not None) <= (weight.form == "fp8")
     assert alignment is None or alignment.block_t == tiles.block_t
+    assert tiles.block_t >= LEAST_ROWS
+    assert tiles.block_n == 16 * tiles.num_warps
     width = weight.n // 2 if swiglu else weight.n
     if num_tiles == 0:
         return
@@ -152,8 +150,8 @@ def _launch(
         ADD=add,
         BLOCK_N=tiles.block_n,
         BLOCK_T=tiles.block_t,
-        BLOCK_K=STEP,
-        WORDS=WORDS.get(weight.form, STEP),
+        BLOCK_K=STEP[weight.form],
+        WORDS=WORDS.get(weight.form, STEP[weight.form]),
         GROUP=tiles.group,
         STAGES=tiles.num_stages,
         PTX=tiles.ptx and values.dtype == torch.bfloat16,
@@ -162,7 +160,8 @@ def _launch(
     )
 
 
-@triton.jit
+# Neither is worth a kernel of its own for 1 or for multiples of 16: a step must never compile.
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
 def _gemm(
     x_ptr,
     w_ptr,
@@ -203,7 +202,6 @@ def _gemm(
         if expert < 0:
             return
         slots = tl.load(slots_ptr + slots)
-    # Columns of padding compute the first row's numbers, which nobody stores.
     is_row = slots < num_rows
     rows = tl.where(is_row, slots, 0)
     x_rows = (rows // TOP_K).to(tl.int64)
@@ -215,45 +213,50 @@ def _gemm(
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     # Words are there for whole steps, numbers up to K.
     WIDTH: tl.constexpr = STEPS * WORDS if FORM == "int4" or FORM == "int8" else K
-    RAGGED: tl.constexpr = K % BLOCK_K != 0
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     columns = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + x_rows[None, :] * K + columns[:, None]
     w_ptrs = w_ptr + expert * ROWS * WIDTH + n_row[:, None] * WIDTH + tl.arange(0, WORDS)[None, :]
     if scales_ptr is not None:
-        scales_ptr += expert * ROWS * (STEPS if FORM == "int4" else 1) + n_row
+        scales_ptr += expert * ROWS * (STEPS if FORM == "int4" else 1) + n_row[:, None]
     if zeros_ptr is not None:
-        zeros_ptr += expert * ROWS * STEPS + n_row
+        zeros_ptr += expert * ROWS * STEPS + n_row[:, None]
+    MASKED: tl.constexpr = K % BLOCK_K != 0 and (FORM == "plain" or FORM == "fp8")
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     acc_up = acc
     # With its own num_stages, a loop keeps the scales' loads on their way like all others.
     for step in tl.range(0, STEPS, num_stages=STAGES):
         inside_k = step * BLOCK_K + columns < K
-        if RAGGED:
-            x = tl.load(x_ptrs + step * BLOCK_K, mask=inside_k[:, None], other=0.0)
-        else:
-            x = tl.load(x_ptrs + step * BLOCK_K)
-        acc = _added(
-            acc, x, w_ptrs + step * WORDS, scales_ptr, zeros_ptr, step * ROWS, inside_k,
-            FORM, RAGGED, dtype, PTX,
+        # Columns of padding are zeros: even from L2 they would cost as much as the weights.
+        mask = is_row[None, :]
+        if K % BLOCK_K != 0:
+            mask &= inside_k[:, None]
+        x = tl.load(x_ptrs + step * BLOCK_K, mask=mask, other=0.0)
+        at = step * ROWS
+        scales_at = None if scales_ptr is None else scales_ptr + at
+        zeros_at = None if zeros_ptr is None else zeros_ptr + at
+        acc = added(
+            acc, x, w_ptrs + step * WORDS, inside_k[None, :], scales_at, zeros_at, None, FORM,
+            MASKED, dtype, PTX,
         )  # fmt: skip
         if SWIGLU:
-            acc_up = _added(
-                acc_up, x, w_ptrs + N * WIDTH + step * WORDS, scales_ptr, zeros_ptr,
-                step * ROWS + N, inside_k, FORM, RAGGED, dtype, PTX,
+            scales_at = None if scales_ptr is None else scales_ptr + at + N
+            zeros_at = None if zeros_ptr is None else zeros_ptr + at + N
+            acc_up = added(
+                acc_up, x, w_ptrs + N * WIDTH + step * WORDS, inside_k[None, :], scales_at,
+                zeros_at, None, FORM, MASKED, dtype, PTX,
             )  # fmt: skip
     if FORM == "int8" or FORM == "fp8":
-        acc *= tl.load(scales_ptr)[:, None]
+        acc *= tl.load(scales_ptr)
         if SWIGLU:
-            acc_up *= tl.load(scales_ptr + N)[:, None]
+            acc_up *= tl.load(scales_ptr + N)
     if x_scales_ptr is not None:
         x_scale = tl.load(x_scales_ptr + x_rows)[None, :]
         acc *= x_scale
         acc_up *= x_scale
 
     if SWIGLU:
-        small = tl.exp(-tl.abs(acc))  # never above 1, wherever the gate is
-        acc = acc * tl.where(acc < 0, small, 1.0) / (1.0 + small) * acc_up
+        acc = silu(acc) * acc_up
     out_ptrs = out_ptr + rows.to(tl.int64)[None, :] * N + n[:, None]
     is_ours = is_row[None, :] & (n[:, None] < N)
     if ADD:
@@ -262,40 +265,43 @@ def _gemm(
 
 
 @triton.jit
-def _added(
+def silu(x):
+    small = tl.exp(-tl.abs(x))  # never above 1, wherever x is
+    return x * tl.where(x < 0, small, 1.0) / (1.0 + small)
+
+
+@triton.jit
+def added(
     acc,
     x,
     w_ptrs,
-    scales_ptr,
-    zeros_ptr,
-    at,
-    inside,
+    w_mask,
+    scales_ptrs,
+    zeros_ptrs,
+    scales_mask,
     FORM: tl.constexpr,
-    RAGGED: tl.constexpr,
+    MASKED: tl.constexpr,
     dtype: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """Return ``acc + w @ x`` for one step along K; of int8 and fp8 weights without their scales.
 
-    ``at`` is where the step's scales and zero points begin, ``inside`` tells columns that exist.
+    ``scales_ptrs`` and ``zeros_ptrs`` are as high as ``w_ptrs`` and 1 wide, and for int4 only.
+    The masks tell what exists: ``w_mask`` if ``MASKED``, ``scales_mask`` may be None.
     """
+    w = tl.load(w_ptrs, mask=w_mask, other=0.0) if MASKED else tl.load(w_ptrs)
     # What follows a return is compiled too, so each way is a branch.
     if FORM == "int4":
-        zeros = tl.full([acc.shape[0]], 8.0, tl.float32)
-        if zeros_ptr is not None:
-            zeros = tl.load(zeros_ptr + at)
-        w = int4_tile(tl.load(w_ptrs), zeros[:, None], dtype, PTX)
-        return acc + product(w, x, tl.zeros_like(acc)) * tl.load(scales_ptr + at)[:, None]
+        zeros = tl.full(scales_ptrs.shape, 8.0, tl.float32)
+        if zeros_ptrs is not None:
+            zeros = tl.load(zeros_ptrs, mask=scales_mask)
+        scales = tl.load(scales_ptrs, mask=scales_mask)
+        return acc + product(int4_tile(w, zeros, dtype, PTX), x, tl.zeros_like(acc)) * scales
     elif FORM == "int8":  # noqa: RET505
-        return product(int8_tile(tl.load(w_ptrs), dtype, PTX), x, acc)
+        return product(int8_tile(w, dtype, PTX), x, acc)
+    elif INTERPRETED or FORM == "plain":
+        return product(w, x, acc)
+    elif dtype == tl.float8e4nv:
+        return tl.dot(w, x, acc, max_num_imprecise_acc=w.shape[1])
     else:
-        if RAGGED:  # noqa: SIM108
-            w = tl.load(w_ptrs, mask=inside[None, :], other=0.0)
-        else:
-            w = tl.load(w_ptrs)
-        if INTERPRETED or FORM == "plain":
-            return product(w, x, acc)
-        elif dtype == tl.float8e4nv:  # noqa: RET505
-            return tl.dot(w, x, acc, max_num_imprecise_acc=w.shape[1])
-        else:
-            return product(w.to(dtype), x, acc)
+        return product(w.to(dtype), x, acc)

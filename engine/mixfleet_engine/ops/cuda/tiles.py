@@ -1,7 +1,7 @@
 """How a matrix kernel cuts its work into tiles, and which cuts are worth a try.
 
-All of them give the same bits: what one number is the sum of is walked through in steps of 128
-inputs whatever the tile, by the same matrix instruction. So a tuner may choose by time alone.
+All of them give the same bits: what one number is the sum of is walked through in the same steps
+whatever the tile, by the same matrix instruction. So a tuner may choose by time alone.
 
 Shape letters: N output width, T rows of tokens.
 """
@@ -15,8 +15,15 @@ from mixfleet_engine.ops.cuda.packed import Form
 from mixfleet_engine.weight_formats import INT4_GROUP
 
 LEAST_ROWS: Final = 16
-"""Fewer columns a matrix instruction does not take everywhere."""
-MOST_ROWS: Final = 128
+"""For fewer columns Triton takes another instruction, and an older device has none."""
+MOST_ROWS: Final[dict[Form, int]] = {"plain": 128, "fp8": 128, "int8": 64, "int4": 64}
+"""Tokens of the largest tile. Numbers taken apart live in registers, which leaves fewer for sums:
+128 tokens of two matrices would spill."""
+STEP: Final[dict[Form, int]] = {"plain": 64, "fp8": 128, "int8": 128, "int4": INT4_GROUP}
+"""Inputs of one step along K: 128 bytes of a row, or a group. Fixed, for it is part of the bits."""
+_ON_THEIR_WAY: Final = 48 << 10
+"""Bytes of weights that one program asks for ahead: 132 times that keeps an H100's memory busy even
+if a multiprocessor has no second program."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +41,12 @@ class Tiles:
     num_stages: int
     """Tiles on their way from memory at the same time."""
     ptx: bool = True
-    """Whether int4 numbers are taken apart by instructions of our own choice."""
+    """Whether int4 and int8 numbers are taken apart by instructions of our own choice."""
 
 
-def rows_per_tile(num_rows: int) -> int:
-    """Return how many tokens a tile should have that are to hold ``num_rows`` on average."""
-    return min(MOST_ROWS, max(LEAST_ROWS, triton.next_power_of_2(num_rows)))
+def rows_per_tile(num_rows: int, form: Form) -> int:
+    """Return how many tokens a tile is to have that should hold ``num_rows``."""
+    return min(MOST_ROWS[form], max(LEAST_ROWS, triton.next_power_of_2(num_rows)))
 
 
 def default_tiles(form: Form, block_t: int, *, swiglu: bool, shared_bytes: int) -> Tiles:
@@ -51,44 +58,51 @@ def default_tiles(form: Form, block_t: int, *, swiglu: bool, shared_bytes: int) 
         swiglu: Whether a program has rows of two matrices.
         shared_bytes: What a program may have of a multiprocessor's shared memory.
     """
-    many = block_t == MOST_ROWS
+    many = block_t >= MOST_ROWS[form]
     wide = many and not (swiglu and form == "plain")
     tiles = Tiles(
         block_n=128 if wide else 64,
         block_t=block_t,
         group=8,
         num_warps=8 if wide else 4,
-        num_stages=3 if many else {"plain": 3, "fp8": 4, "int8": 4, "int4": 5}[form],
+        num_stages=2,
     )
-    most = shared_bytes // stage_bytes(form, tiles, swiglu=swiglu)
-    return replace(tiles, num_stages=max(2, min(tiles.num_stages, most)))
+    if many:
+        wanted, most = 4, shared_bytes
+    else:
+        # Room for a second program beside it.
+        weights = stage_bytes(form, replace(tiles, block_t=0), swiglu=swiglu)
+        wanted, most = min(10, max(4, 1 + _ON_THEIR_WAY // weights)), shared_bytes // 2
+    fitting = most // stage_bytes(form, tiles, swiglu=swiglu)
+    return replace(tiles, num_stages=max(2, min(wanted, fitting)))
 
 
 def stage_bytes(form: Form, tiles: Tiles, *, swiglu: bool) -> int:
-    """Return the shared memory that one stage of a product takes."""
+    """Return the shared memory that one stage of a product takes, scales included."""
     weight_bits, row_bytes = {"plain": (16, 2), "fp8": (8, 1), "int8": (8, 2), "int4": (4, 2)}[form]
     rows = tiles.block_n * (2 if swiglu else 1)
-    return INT4_GROUP * (rows * weight_bits // 8 + tiles.block_t * row_bytes)
+    scales = 4 * rows if form == "int4" else 0
+    return STEP[form] * (rows * weight_bits // 8 + tiles.block_t * row_bytes) + scales
 
 
 def candidates(form: Form, block_t: int, *, swiglu: bool, shared_bytes: int) -> tuple[Tiles, ...]:
     """Return the ways to try, the default first; arguments as for `default_tiles`."""
     first = default_tiles(form, block_t, swiglu=swiglu, shared_bytes=shared_bytes)
-    found = [
-        first,
-        replace(first, num_stages=first.num_stages + 1),
-        replace(first, num_stages=first.num_stages - 1),
-        replace(first, group=1 if block_t < MOST_ROWS else 16),
-    ]
-    if first.block_n == 128:
-        found.append(replace(first, block_n=64, num_warps=4))
+    stages = first.num_stages
+    other_n = replace(first, block_n=64, num_warps=4)
+    if first.block_n == 64:
+        other_n = replace(first, block_n=128, num_warps=8)
+    found = [first, replace(first, num_stages=stages - 1), replace(first, num_stages=stages + 1)]
+    if block_t >= MOST_ROWS[form]:
+        found += [replace(first, group=group) for group in (4, 16)]
     else:
-        found.append(replace(first, block_n=128, num_warps=8))
-    if form == "int4":
-        found.append(replace(first, ptx=False))
-    return tuple(
+        found.append(replace(first, num_stages=stages // 2))
+        found.append(replace(first, group=1))
+    found += [replace(other_n, num_stages=number) for number in (stages // 2, stages)]
+    fitting = (
         tiles
         for tiles in found
         if tiles.num_stages > 1
         and tiles.num_stages * stage_bytes(form, tiles, swiglu=swiglu) <= shared_bytes
     )
+    return tuple(dict.fromkeys(fitting))

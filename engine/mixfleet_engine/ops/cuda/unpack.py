@@ -94,18 +94,19 @@ def int8_halves(words, dtype: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def int4_tile(words, zeros, dtype: tl.constexpr, PTX: tl.constexpr):
-    """Return ``[N, 128]`` numbers of a group's words ``[N, 32]`` less ``zeros`` ``[N, 1]``."""
+    """Return ``[..., N, 128]`` numbers of words ``[..., N, 32]`` less ``zeros`` ``[..., N, 1]``."""
     first, second, third, fourth = int4_quarters(words, zeros, dtype, PTX)
-    quarters = tl.join(tl.join(first, second), tl.join(third, fourth))  # [N, 32, 2, 2]
-    ROWS: tl.constexpr = words.shape[0]
-    WIDTH: tl.constexpr = words.shape[1]
-    return quarters.permute(0, 3, 2, 1).reshape(ROWS, 4 * WIDTH)
+    quarters = tl.join(tl.join(first, second), tl.join(third, fourth))  # [..., N, 32, 2, 2]
+    flat: tl.constexpr = len(words.shape) == 2
+    quarters = quarters.permute(0, 3, 2, 1) if flat else quarters.permute(0, 1, 4, 3, 2)
+    return quarters.reshape(words.shape[:-1] + [4 * words.shape[-1]])  # noqa: RUF005
 
 
 @triton.jit
 def int8_tile(words, dtype: tl.constexpr, PTX: tl.constexpr):
-    """Return ``[N, 128]`` numbers of a group's words ``[N, 64]``."""
+    """Return ``[..., N, 128]`` numbers of words ``[..., N, 64]``."""
     first, second = int8_halves(words, dtype, PTX)
-    ROWS: tl.constexpr = words.shape[0]
-    WIDTH: tl.constexpr = words.shape[1]
-    return tl.join(first, second).permute(0, 2, 1).reshape(ROWS, 2 * WIDTH)
+    halves = tl.join(first, second)  # [..., N, 64, 2]
+    flat: tl.constexpr = len(words.shape) == 2
+    halves = halves.permute(0, 2, 1) if flat else halves.permute(0, 1, 3, 2)
+    return halves.reshape(words.shape[:-1] + [2 * words.shape[-1]])  # noqa: RUF005
