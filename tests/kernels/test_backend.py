@@ -26,10 +26,9 @@ Answers = dict[str, list[tuple[int, TokenLogprobs | None]]]
 
 
 def settings(backend: str = "cuda", dtype: str = DTYPE, **more: Any) -> EngineConfig:
-    sizes = {"num_blocks": 40, "max_step_tokens": 64, "max_batch_size": 8, "tuning_s": 0.0}
-    return EngineConfig(
-        **{"backend": backend, "dtype": dtype, "device": DEVICE.type, **sizes, **more}
-    )
+    sizes: dict[str, Any] = {"num_blocks": 40, "max_step_tokens": 64, "max_batch_size": 8}
+    named = {"backend": backend, "dtype": dtype, "device": DEVICE.type, "tuning_s": 0.0}
+    return EngineConfig(**(named | sizes | more))
 
 
 def requests(sampling: SamplingParams = SamplingParams()) -> list[GenerateRequest]:  # noqa: B008
@@ -95,7 +94,11 @@ def test_tokens_are_in_fp8_too_where_weights_are(tmp_path: Path, batch_invariant
     # Both experts are always chosen: else a rounding more would now and then choose another one.
     both = tiny_config(n_layers=1, hidden_dim=64, vocab_size=96, num_experts=2, context_length=128)
     folder = write_hf_checkpoint(tmp_path, both)
-    more = {"dtype": "bfloat16", "weight_dtype": "fp8", "batch_invariant": batch_invariant}
+    more: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "weight_dtype": "fp8",
+        "batch_invariant": batch_invariant,
+    }
     expected = load_runner(folder, settings("reference", **more)).logits(PLAN)
     assert 0.003 < off(load_runner(folder, settings(**more)).logits(PLAN), expected) < 0.12
 
@@ -103,7 +106,7 @@ def test_tokens_are_in_fp8_too_where_weights_are(tmp_path: Path, batch_invariant
 @pytest.mark.parametrize("weight_dtype", ["int8", "int4", "fp8"])
 def test_few_tokens_may_pass_by_the_matrix_units(folder: Path, weight_dtype: str) -> None:
     one = plan(chunk([5], block_table=table(1, 16, first=30)), chunk([7], block_table=[3]))
-    more = {"weight_dtype": weight_dtype, "batch_invariant": False}
+    more: dict[str, Any] = {"weight_dtype": weight_dtype, "batch_invariant": False}
     expected = load_runner(folder, settings("reference", **more)).logits(one)
     assert off(load_runner(folder, settings(**more)).logits(one), expected) < 0.03
 
@@ -117,11 +120,12 @@ def test_an_answer_is_the_same_to_the_bit_in_any_company(
     for request in asked:
         engine = load_engine(folder, settings(dtype="bfloat16", prefix_cache=False))
         expected |= answers(engine, request)
-    for more in (
+    ways: list[dict[str, Any]] = [
         {"pipelined": True},
         {"max_step_tokens": 8, "pipelined": True},
         {"num_blocks": 8, "max_batch_size": 3, "max_step_tokens": 16},
-    ):
+    ]
+    for more in ways:
         engine = load_engine(folder, settings(dtype="bfloat16", **more))
         assert answers(engine, *asked) == expected, more
 
@@ -143,8 +147,11 @@ def test_experts_that_are_one_are_computed_once(tmp_path: Path) -> None:
     )  # fmt: skip
     folder = write_hf_checkpoint(tmp_path, shared)
     expected = load_runner(folder, settings("reference", dtype="float32")).logits(PLAN)
-    for more in ({}, {"batch_invariant": False}):
-        runner = load_runner(folder, settings(dtype="bfloat16", weight_dtype="int8", **more))
+    for invariant in (True, False):
+        runner = load_runner(
+            folder,
+            settings(dtype="bfloat16", weight_dtype="int8", batch_invariant=invariant),
+        )
         assert off(runner.logits(PLAN), expected) < 0.03
 
 

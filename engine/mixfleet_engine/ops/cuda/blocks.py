@@ -133,9 +133,8 @@ class CudaMoe:
         if isinstance(normed, Tensor) and products.is_few(len(normed)):
             h = gemv.experts_up(normed, self._w13, chosen, dtype=products.dtype)
             return gemv.experts_down(h, self._w2, chosen, dtype=products.dtype)
-        num_experts = self._w13.num_matrices
-        block_t = products.block_t(num_rows_of(normed) * self._top_k, num_experts)
-        alignment = align(chosen, num_experts, block_t)
+        block_t = products.block_t(num_rows_of(normed) * self._top_k, self._w13)
+        alignment = align(chosen, self._w13.num_matrices, block_t)
         h = products.experts_up(normed, self._w13, alignment)
         return products.experts_down(self._down_rows(h, num_rows_of(normed)), self._w2, alignment)
 

@@ -58,7 +58,7 @@ class Products:
             scratch = None if add_to is None else torch.empty_like(add_to)
             gemm.dense(x, weight, tiles, dtype=dtype, add_to=scratch)
 
-        block_t = rows_per_tile(num_rows_of(x))
+        block_t = rows_per_tile(num_rows_of(x), weight.form)
         tiles = self._tiles("dense", weight, block_t, num_rows_of(x), launch)
         return gemm.dense(x, weight, tiles, dtype=dtype, add_to=add_to)
 
@@ -70,13 +70,13 @@ class Products:
         def launch(tiles: Tiles) -> None:
             gemm.dense_up(x, weight, tiles, dtype=self.dtype)
 
-        block_t = rows_per_tile(num_rows_of(x))
+        block_t = rows_per_tile(num_rows_of(x), weight.form)
         tiles = self._tiles("dense_up", weight, block_t, num_rows_of(x), launch, swiglu=True)
         return gemm.dense_up(x, weight, tiles, dtype=self.dtype)
 
-    def block_t(self, num_pairs: int, num_experts: int) -> int:
+    def block_t(self, num_pairs: int, weight: PackedWeight) -> int:
         """Return the tile for so many pairs of token and expert."""
-        return rows_per_tile(math.ceil(_UNEVEN * num_pairs / num_experts))
+        return rows_per_tile(math.ceil(_UNEVEN * num_pairs / weight.num_matrices), weight.form)
 
     def experts_up(self, x: Rows, weight: PackedWeight, alignment: Alignment) -> Tensor:
         """Return ``silu(gate) * up`` of each pair; see `gemm.experts_up`."""
