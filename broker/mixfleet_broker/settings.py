@@ -211,7 +211,28 @@ class Settings:
         "Where the engine computes.",
     )
     backend: str = _setting(
-        choice("auto", "reference", "cpu", "native"), "auto", "Which arithmetic the engine uses."
+        choice("auto", "reference", "cpu", "native", "cuda"),
+        "auto",
+        "Which arithmetic the engine uses.",
+    )
+    batch_invariant: bool = _setting(
+        switch(),
+        default=True,
+        help_text="Whether an answer may not depend, in its last bits, on who else is in the "
+        "batch; off, a GPU takes shorter ways for few sequences.",
+        shown="`on`",
+    )
+    cuda_graphs: bool = _setting(
+        switch(),
+        default=True,
+        help_text="Whether decode steps are recorded as CUDA graphs.",
+        shown="`on`",
+    )
+    tuning_s: float = _setting(
+        seconds(at_least=0),
+        15.0,
+        "Longest time at a worker's start and first steps for choosing a GPU's tile sizes; the "
+        "choices are kept on disk.",
     )
     threads: int | None = _setting(
         whole(at_least=1),

@@ -27,8 +27,8 @@ Answers = dict[str, list[tuple[int, TokenLogprobs | None]]]
 
 def settings(backend: str = "cuda", dtype: str = DTYPE, **more: Any) -> EngineConfig:
     sizes: dict[str, Any] = {"num_blocks": 40, "max_step_tokens": 64, "max_batch_size": 8}
-    named = {"backend": backend, "dtype": dtype, "device": DEVICE.type, "tuning_s": 0.0}
-    return EngineConfig(**(named | sizes | more))
+    named: dict[str, Any] = {"backend": backend, "dtype": dtype, "device": DEVICE.type}
+    return EngineConfig(**(named | sizes | {"tuning_s": 0.0} | more))
 
 
 def requests(sampling: SamplingParams = SamplingParams()) -> list[GenerateRequest]:  # noqa: B008

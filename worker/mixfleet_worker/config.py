@@ -83,6 +83,9 @@ def engine_config(settings: Settings) -> EngineConfig:
         itl_target_s=settings.itl_target_s,
         device=settings.device,
         backend=cast("Backend", settings.backend),  # the table of settings allows no other
+        batch_invariant=settings.batch_invariant,
+        cuda_graphs=settings.cuda_graphs,
+        tuning_s=settings.tuning_s,
         threads=settings.threads,
     )
 
