@@ -161,7 +161,10 @@ def make_runner(
         *(num_blocks, config.block_size),
     )
     _warn_of_short_cache(num_blocks * config.block_size, config.context_of(model))
-    max_rows = ranks.lowest(engine_sizes(plan, config, model).max_batch_size, is_loaded=True)
+    max_rows = engine_sizes(plan, config, model).max_batch_size
+    if backend_name == "cuda":
+        # Ranks record steps of the same shapes.
+        max_rows = ranks.lowest(max_rows, is_loaded=True)
     ranks.wait_for_loaded()
     if backend_name != "cuda":
         return ModelRunner(loaded, cache, device)

@@ -32,6 +32,7 @@ BREAKS = {
     "one-room-sentencepiece": ("mixfleet_engine.scheduler", "import sentencepiece"),
     "one-room-safetensors": ("mixfleet_engine.model", "import safetensors"),
     "one-room-llguidance": ("mixfleet_worker.output_grammar", "import llguidance"),
+    "one-room-triton": ("mixfleet_engine.model", "import triton"),
 }
 
 
