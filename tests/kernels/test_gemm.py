@@ -82,7 +82,7 @@ def test_every_pair_of_token_and_expert_gets_its_experts_product(form: str, bloc
     dtype, experts, width, hidden = torch.bfloat16, 5, 128, 96
     up = weights(form, experts, 2 * hidden, width, dtype, 0)
     down = weights(form, experts, width, hidden, dtype, 9)
-    for num_rows in (1, 3, 45):
+    for num_rows in (1, 37):
         # Expert 2 has no tokens, expert 4 has all: more than a tile.
         chosen = torch.stack(
             [torch.full((num_rows,), 4, device=DEVICE), randint(0, 2, num_rows, seed=num_rows)], 1

@@ -29,7 +29,8 @@ def product(a, b, acc):
         wide = tl.dot(a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64))
         return (acc.to(tl.float64) + wide).to(tl.float32)
     else:  # noqa: RET505 (what follows a return would be compiled too)
-        return tl.dot(a, b, acc)
+        # fp32 would be cut down to tf32; other dtypes do not care.
+        return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit

@@ -233,19 +233,22 @@ def _gemm(
             mask &= inside_k[:, None]
         x = tl.load(x_ptrs + step * BLOCK_K, mask=mask, other=0.0)
         at = step * ROWS
+        w_mask = inside_k[None, :]
         scales_at = None if scales_ptr is None else scales_ptr + at
         zeros_at = None if zeros_ptr is None else zeros_ptr + at
-        acc = added(
-            acc, x, w_ptrs + step * WORDS, inside_k[None, :], scales_at, zeros_at, None, FORM,
-            MASKED, dtype, PTX,
-        )  # fmt: skip
+        w = operand(w_ptrs + step * WORDS, w_mask, zeros_at, None, FORM, MASKED, dtype, PTX)
         if SWIGLU:
-            scales_at = None if scales_ptr is None else scales_ptr + at + N
-            zeros_at = None if zeros_ptr is None else zeros_ptr + at + N
-            acc_up = added(
-                acc_up, x, w_ptrs + N * WIDTH + step * WORDS, inside_k[None, :], scales_at,
-                zeros_at, None, FORM, MASKED, dtype, PTX,
-            )  # fmt: skip
+            # Both products before either's sum: one is computed while the other is prepared.
+            up_ptrs = w_ptrs + N * WIDTH + step * WORDS
+            up_zeros_at = None if zeros_ptr is None else zeros_ptr + at + N
+            up = operand(up_ptrs, w_mask, up_zeros_at, None, FORM, MASKED, dtype, PTX)
+            part = multiplied(w, x, acc, FORM, dtype)
+            part_up = multiplied(up, x, acc_up, FORM, dtype)
+            acc = summed(acc, part, scales_at, None, FORM)
+            up_scales_at = None if scales_ptr is None else scales_ptr + at + N
+            acc_up = summed(acc_up, part_up, up_scales_at, None, FORM)
+        else:
+            acc = summed(acc, multiplied(w, x, acc, FORM, dtype), scales_at, None, FORM)
     if FORM == "int8" or FORM == "fp8":
         acc *= tl.load(scales_ptr)
         if SWIGLU:
@@ -271,37 +274,49 @@ def silu(x):
 
 
 @triton.jit
-def added(
-    acc,
-    x,
-    w_ptrs,
-    w_mask,
-    scales_ptrs,
+def operand(
+    ptrs,
+    mask,
     zeros_ptrs,
-    scales_mask,
+    zeros_mask,
     FORM: tl.constexpr,
     MASKED: tl.constexpr,
     dtype: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Return ``acc + w @ x`` for one step along K; of int8 and fp8 weights without their scales.
+    """Return the weights of one step along K, of int8 and fp8 without their scales.
 
-    ``scales_ptrs`` and ``zeros_ptrs`` are as high as ``w_ptrs`` and 1 wide, and for int4 only.
-    The masks tell what exists: ``w_mask`` if ``MASKED``, ``scales_mask`` may be None.
+    ``zeros_ptrs`` is as high as ``ptrs`` and 1 wide. ``mask`` counts if ``MASKED``; ``zeros_mask``
+    may be None.
     """
-    w = tl.load(w_ptrs, mask=w_mask, other=0.0) if MASKED else tl.load(w_ptrs)
+    w = tl.load(ptrs, mask=mask, other=0.0) if MASKED else tl.load(ptrs)
+    if FORM == "int4":
+        zeros = tl.full(ptrs.shape[:-1] + [1], 8.0, tl.float32)  # noqa: RUF005
+        if zeros_ptrs is not None:
+            zeros = tl.load(zeros_ptrs, mask=zeros_mask)
+        w = int4_tile(w, zeros, dtype, PTX)
+    elif FORM == "int8":
+        w = int8_tile(w, dtype, PTX)
+    return w
+
+
+@triton.jit
+def multiplied(w, x, acc, FORM: tl.constexpr, dtype: tl.constexpr):
+    """Return ``acc + w @ x``, of int4 only ``w @ x``: `summed` scales and adds it."""
     # What follows a return is compiled too, so each way is a branch.
     if FORM == "int4":
-        zeros = tl.full(scales_ptrs.shape, 8.0, tl.float32)
-        if zeros_ptrs is not None:
-            zeros = tl.load(zeros_ptrs, mask=scales_mask)
-        scales = tl.load(scales_ptrs, mask=scales_mask)
-        return acc + product(int4_tile(w, zeros, dtype, PTX), x, tl.zeros_like(acc)) * scales
-    elif FORM == "int8":  # noqa: RET505
-        return product(int8_tile(w, dtype, PTX), x, acc)
-    elif INTERPRETED or FORM == "plain":
+        return product(w, x, tl.zeros_like(acc))
+    elif INTERPRETED or FORM != "fp8":  # noqa: RET505
         return product(w, x, acc)
     elif dtype == tl.float8e4nv:
         return tl.dot(w, x, acc, max_num_imprecise_acc=w.shape[1])
     else:
         return product(w.to(dtype), x, acc)
+
+
+@triton.jit
+def summed(acc, part, scales_ptrs, mask, FORM: tl.constexpr):
+    if FORM == "int4":
+        return acc + part * tl.load(scales_ptrs, mask=mask)
+    else:  # noqa: RET505
+        return part

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixfleet_engine.ops.cuda.dialect import rounded
-from mixfleet_engine.ops.cuda.gemm import added, silu
+from mixfleet_engine.ops.cuda.gemm import multiplied, operand, silu, summed
 from mixfleet_engine.ops.cuda.packed import WORDS, Form, PackedWeight
 from mixfleet_engine.weight_formats import INT4_GROUP
 
@@ -186,17 +186,16 @@ def _gemv(
         at = step * ROWS
         scales_at = scales_ptr + at if FORM == "int4" else None
         zeros_at = None if zeros_ptr is None else zeros_ptr + at
-        acc = added(
-            acc, x, w_ptrs + step * WORDS, w_mask, scales_at, zeros_at, scales_mask, FORM, MASKED,
-            dtype, PTX,
-        )  # fmt: skip
+        w_ptrs_at = w_ptrs + step * WORDS
+        w = operand(w_ptrs_at, w_mask, zeros_at, scales_mask, FORM, MASKED, dtype, PTX)
         if SWIGLU:
-            scales_at = scales_ptr + at + N if FORM == "int4" else None
             zeros_at = None if zeros_ptr is None else zeros_ptr + at + N
-            acc_up = added(
-                acc_up, x, w_ptrs + N * WIDTH + step * WORDS, w_mask, scales_at, zeros_at,
-                scales_mask, FORM, MASKED, dtype, PTX,
-            )  # fmt: skip
+            w_ptrs_at += N * WIDTH
+            up = operand(w_ptrs_at, w_mask, zeros_at, scales_mask, FORM, MASKED, dtype, PTX)
+            part_up = multiplied(up, x, acc_up, FORM, dtype)
+            up_scales_at = scales_ptr + at + N if FORM == "int4" else None
+            acc_up = summed(acc_up, part_up, up_scales_at, scales_mask, FORM)
+        acc = summed(acc, multiplied(w, x, acc, FORM, dtype), scales_at, scales_mask, FORM)
     found = tl.sum(acc, axis=0)
     up = found
     if SWIGLU:
