@@ -1,5 +1,7 @@
 """The products of Mixtral's true shapes, to be compiled: see `support.compiling`."""
 
+from dataclasses import replace
+
 import torch
 
 from mixfleet_engine.ops.cuda.alignment import Alignment
@@ -78,3 +80,20 @@ def int8() -> None:
 def plain() -> None:
     launch("plain", 16, 4096, 14336)
     launch("plain", 128, 4096, 14336)
+
+
+def uncommon() -> None:
+    """int4 with zero points, and in fp16, where there is no PTX for it."""
+    x = torch.empty(16, 4096, dtype=torch.bfloat16, device=META)
+    tiles = default_tiles("int4", 16, swiglu=False, shared_bytes=SHARED)
+    plain = weight("int4", 1, 4096, 4096)
+    assert plain.scales is not None
+    dense(x, replace(plain, zeros=torch.empty_like(plain.scales)), tiles, dtype=torch.bfloat16)
+    dense(x.half(), plain, tiles, dtype=torch.float16)
+
+
+def fp8_weights_only() -> None:
+    """For sm_89 and newer only, like `fp8`."""
+    x = torch.empty(16, 4096, dtype=torch.bfloat16, device=META)
+    tiles = default_tiles("fp8", 16, swiglu=False, shared_bytes=SHARED)
+    dense(x, weight("fp8", 1, 4096, 4096), tiles, dtype=torch.bfloat16)

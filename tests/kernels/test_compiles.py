@@ -21,12 +21,12 @@ MOST_SPILLED = 128
 """Bytes of a thread. Attention over a prompt keeps two results at once."""
 EVERYWHERE = [
     "align:launches", "attention:launches", "combine:launches", "gemm:int4_decode",
-    "gemm:int4_prefill", "gemm:int8", "gemm:plain", "gemv:launches", "norm:launches",
-    "rank_sum:launches", "router:launches",
+    "gemm:int4_prefill", "gemm:int8", "gemm:plain", "gemm:uncommon", "gemv:launches",
+    "norm:launches", "rank_sum:launches", "router:launches",
 ]  # fmt: skip
 WITH_FP8 = [
-    "attention:launches_fp8", "gemm:fp8", "gemv:launches_fp8", "norm:launches_fp8",
-    "quant:launches_fp8",
+    "attention:launches_fp8", "gemm:fp8", "gemm:fp8_weights_only", "gemv:launches_fp8",
+    "norm:launches_fp8", "quant:launches_fp8",
 ]  # fmt: skip
 
 

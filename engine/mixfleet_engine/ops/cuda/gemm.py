@@ -25,11 +25,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mixfleet_engine.ops.cuda.alignment import Alignment
-from mixfleet_engine.ops.cuda.dialect import INTERPRETED, product, rounded
+from mixfleet_engine.ops.cuda.dialect import rounded
+from mixfleet_engine.ops.cuda.matrix_step import multiplied, operand, silu, summed
 from mixfleet_engine.ops.cuda.packed import WORDS, PackedWeight
 from mixfleet_engine.ops.cuda.quant import QuantisedRows
 from mixfleet_engine.ops.cuda.tiles import LEAST_ROWS, STEP, Tiles
-from mixfleet_engine.ops.cuda.unpack import int4_tile, int8_tile
 
 Rows = Tensor | QuantisedRows
 """Rows ``[T, K]`` of tokens; fp8 ones with their scales only for fp8 weights."""
@@ -154,6 +154,7 @@ def _launch(
         WORDS=WORDS.get(weight.form, STEP[weight.form]),
         GROUP=tiles.group,
         STAGES=tiles.num_stages,
+        UNROLL=tiles.unroll,
         PTX=tiles.ptx and values.dtype == torch.bfloat16,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -185,6 +186,7 @@ def _gemm(
     WORDS: tl.constexpr,
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """One tile ``[BLOCK_N, BLOCK_T]`` of the result, turned on its side."""
@@ -225,7 +227,7 @@ def _gemm(
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     acc_up = acc
     # With its own num_stages, a loop keeps the scales' loads on their way like all others.
-    for step in tl.range(0, STEPS, num_stages=STAGES):
+    for step in tl.range(0, STEPS, num_stages=STAGES, loop_unroll_factor=UNROLL):
         inside_k = step * BLOCK_K + columns < K
         # Columns of padding are zeros: even from L2 they would cost as much as the weights.
         mask = is_row[None, :]
@@ -265,58 +267,3 @@ def _gemm(
     if ADD:
         acc += tl.load(out_ptrs, mask=is_ours, other=0.0)
     tl.store(out_ptrs, rounded(acc, out_ptr.dtype.element_ty), mask=is_ours)
-
-
-@triton.jit
-def silu(x):
-    small = tl.exp(-tl.abs(x))  # never above 1, wherever x is
-    return x * tl.where(x < 0, small, 1.0) / (1.0 + small)
-
-
-@triton.jit
-def operand(
-    ptrs,
-    mask,
-    zeros_ptrs,
-    zeros_mask,
-    FORM: tl.constexpr,
-    MASKED: tl.constexpr,
-    dtype: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """Return the weights of one step along K, of int8 and fp8 without their scales.
-
-    ``zeros_ptrs`` is as high as ``ptrs`` and 1 wide. ``mask`` counts if ``MASKED``; ``zeros_mask``
-    may be None.
-    """
-    w = tl.load(ptrs, mask=mask, other=0.0) if MASKED else tl.load(ptrs)
-    if FORM == "int4":
-        zeros = tl.full(ptrs.shape[:-1] + [1], 8.0, tl.float32)  # noqa: RUF005
-        if zeros_ptrs is not None:
-            zeros = tl.load(zeros_ptrs, mask=zeros_mask)
-        w = int4_tile(w, zeros, dtype, PTX)
-    elif FORM == "int8":
-        w = int8_tile(w, dtype, PTX)
-    return w
-
-
-@triton.jit
-def multiplied(w, x, acc, FORM: tl.constexpr, dtype: tl.constexpr):
-    """Return ``acc + w @ x``, of int4 only ``w @ x``: `summed` scales and adds it."""
-    # What follows a return is compiled too, so each way is a branch.
-    if FORM == "int4":
-        return product(w, x, tl.zeros_like(acc))
-    elif INTERPRETED or FORM != "fp8":  # noqa: RET505
-        return product(w, x, acc)
-    elif dtype == tl.float8e4nv:
-        return tl.dot(w, x, acc, max_num_imprecise_acc=w.shape[1])
-    else:
-        return product(w.to(dtype), x, acc)
-
-
-@triton.jit
-def summed(acc, part, scales_ptrs, mask, FORM: tl.constexpr):
-    if FORM == "int4":
-        return acc + part * tl.load(scales_ptrs, mask=mask)
-    else:  # noqa: RET505
-        return part

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixfleet_engine.ops.cuda.dialect import rounded
-from mixfleet_engine.ops.cuda.gemm import multiplied, operand, silu, summed
+from mixfleet_engine.ops.cuda.matrix_step import multiplied, operand, silu, summed
 from mixfleet_engine.ops.cuda.packed import WORDS, Form, PackedWeight
 from mixfleet_engine.weight_formats import INT4_GROUP
 
