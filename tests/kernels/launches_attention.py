@@ -9,15 +9,26 @@ from mixfleet_engine.ops.cuda.rope_cache import rope_and_cache
 META = torch.device("meta")
 
 
-def launch(heads: int, kv_heads: int, kv_dtype: torch.dtype) -> None:
-    """A step of decodes and prefills with long contexts, then one with short ones."""
-    keys = torch.empty(64, 16, kv_heads, 128, device=META, dtype=kv_dtype)
+MIXED = (150, 8192)
+"""Most rows of a chunk and most context of a step of decodes and prefills."""
+SHORT_DECODES = (1, 500)
+
+
+def launch(
+    heads: int,
+    kv_heads: int,
+    kv_dtype: torch.dtype,
+    *steps: tuple[int, int],
+    block_size: int = 16,
+) -> None:
+    """Put the step's keys and values into the cache, and attend."""
+    keys = torch.empty(64, block_size, kv_heads, 128, device=META, dtype=kv_dtype)
     qkv = torch.empty(300, (heads + 2 * kv_heads) * 128, dtype=torch.bfloat16, device=META)
     angles = torch.empty(32768, 64, device=META)
     places = torch.empty(300, dtype=torch.int64, device=META)
     q = rope_and_cache(qkv, angles, angles, places, places, keys, keys)
     rows = torch.empty(4, dtype=torch.int32, device=META)
-    for max_rows, max_context in ((150, 8192), (1, 500)):
+    for max_rows, max_context in steps:
         chunks = DeviceChunks(
             first_rows=rows,
             num_rows=rows,
@@ -33,10 +44,13 @@ def launch(heads: int, kv_heads: int, kv_dtype: torch.dtype) -> None:
 
 
 def launches() -> None:
-    launch(32, 8, torch.bfloat16)
-    launch(48, 8, torch.bfloat16)
+    """8x7B, 8x22B, and a rank of eight of 8x7B."""
+    launch(32, 8, torch.bfloat16, MIXED, SHORT_DECODES)
+    launch(48, 8, torch.bfloat16, MIXED)
+    launch(4, 1, torch.bfloat16, MIXED, block_size=64)
 
 
 def launches_fp8() -> None:
-    """For sm_89 and newer only."""
-    launch(32, 8, torch.float8_e4m3fn)
+    """For sm_89 and newer only: 8x7B, and a rank of eight of 8x22B."""
+    launch(32, 8, torch.float8_e4m3fn, MIXED, SHORT_DECODES)
+    launch(6, 1, torch.float8_e4m3fn, MIXED, block_size=64)

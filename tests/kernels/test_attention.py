@@ -4,10 +4,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from mixfleet_engine.errors import ConfigError
+from mixfleet_engine.ops.cuda import paged_attention
 from mixfleet_engine.ops.cuda.attention import attend, check_head_dim
+from mixfleet_engine.ops.cuda.attention_tile import row_sums
 from mixfleet_engine.ops.cuda.chunks import DeviceChunks
 from support.kernels import DEVICE, off, randn
 
@@ -50,9 +54,7 @@ class Step:
                 made = randn(length, kv_heads, head_dim, seed=2 * number + kind).to(cache.dtype)
                 for place in range(length):
                     block = blocks[place // block_size]
-                    cache.view(torch.uint8 if cache.dtype == FP8 else cache.dtype)[
-                        block, place % block_size
-                    ] = made[place].view(torch.uint8 if cache.dtype == FP8 else cache.dtype)
+                    _bits(cache)[block, place % block_size] = _bits(made[place])
                 context.append(made.float())
             self.contexts.append((context[0], context[1]))
         counts = [count for _, count in spans]
@@ -139,26 +141,72 @@ def test_the_real_length_of_a_split_and_a_head(block_size: int) -> None:
     assert off(step.attend(split=512), step.expected()) < ALLOWED[torch.float32]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_has_the_same_bits_whatever_step_computes_it(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "heads", "block_size"),
+    [
+        (torch.float32, None, 8, 16),
+        (torch.bfloat16, None, 8, 16),
+        (torch.bfloat16, FP8, 12, 64),
+    ],
+)
+def test_a_token_has_the_same_bits_whatever_step_computes_it(
+    dtype: torch.dtype, kv_dtype: torch.dtype | None, heads: int, block_size: int
+) -> None:
     length = 75
-    whole = Step([(0, length)], dtype=dtype, heads=8)
+
+    def make(spans: list[Span]) -> Step:
+        return Step(spans, dtype=dtype, kv_dtype=kv_dtype, heads=heads, block_size=block_size)
+
+    whole = make([(0, length)])
     expected = whole.attend()
     for cuts in ([0, 1, 2, 40, 64, length], [0, 33, 74, length]):
         for start, end in pairwise(cuts):
             # Beside another sequence, for the grid to be another one.
-            step = Step([(start, end - start), (90, 2)], dtype=dtype, heads=8)
+            step = make([(start, end - start), (90, 2)])
             step.q[: end - start] = whole.q[start:end]
-            _same_context(step, whole, end)
+            _same_context(step, whole, end, block_size)
             assert torch.equal(step.attend()[: end - start], expected[start:end])
 
 
-def _same_context(step: Step, whole: Step, length: int) -> None:
+def _same_context(step: Step, whole: Step, length: int, block_size: int) -> None:
     """Put the first sequence of ``whole`` where the first one of ``step`` is."""
+    tables = step.chunks.block_tables[0], whole.chunks.block_tables[0]
     for own, other in ((step.keys, whole.keys), (step.values, whole.values)):
         for place in range(length):
-            to = step.chunks.block_tables[0, place // 16], place % 16
-            own[to] = other[whole.chunks.block_tables[0, place // 16], place % 16]
+            block, offset = place // block_size, place % block_size
+            _bits(own)[tables[0][block], offset] = _bits(other)[tables[1][block], offset]
+
+
+def _bits(cache: Tensor) -> Tensor:
+    """Return fp8 as bytes, which can be indexed everywhere."""
+    return cache.view(torch.uint8) if cache.dtype == FP8 else cache
+
+
+def test_decodes_have_the_same_bits_in_tiles_of_either_height(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step = Step([(20, 1), (33, 1), (70, 1)], heads=12, dtype=torch.bfloat16)
+    expected = step.attend()
+    monkeypatch.setattr(paged_attention, "_decode_rows", lambda: 16)
+    assert torch.equal(step.attend(), expected)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _sum_rows(numbers_ptr, sums_ptr, M: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    rows, columns = tl.arange(0, M), tl.arange(0, N)
+    numbers = tl.load(numbers_ptr + rows[:, None] * N + columns[None, :])
+    tl.store(sums_ptr + rows, row_sums(numbers, M, N))
+
+
+@pytest.mark.parametrize("width", [2, 16, 64])
+def test_a_row_is_summed_up_by_halves(width: int) -> None:
+    numbers = randn(16, width)
+    sums = torch.empty(16, device=DEVICE)
+    _sum_rows[(1,)](numbers, sums, M=16, N=width)
+    while width > 1:
+        width //= 2
+        numbers = numbers[:, :width] + numbers[:, width:]
+    assert torch.equal(sums, numbers[:, 0])
 
 
 def test_padding_chunks_leave_rows_alone_and_nothing_is_read_for_them() -> None:

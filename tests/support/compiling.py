@@ -87,7 +87,19 @@ def resources(kernel: Any) -> dict[str, Any]:
         "registers": int(registers[1]),
         "spilled": int(spilled[1]),
         "product": next((name for name in PRODUCTS if name in kernel.asm["ptx"]), None),
+        "widest_sum": widest_sum(kernel.asm["ttgir"]),
     }
+
+
+def widest_sum(ttgir: str) -> int:
+    """Return the length of the longest axis that is summed up as its layout has it; 0: none is."""
+    found = re.finditer(
+        r'"tt\.reduce"\([^)]*\) <\{axis = (\d+) : i32\}> \(\{(.*?)\}\) : \(tensor<([\dx]+)x',
+        ttgir,
+        re.S,
+    )
+    sums = (reduced for reduced in found if "arith.addf" in reduced[2])
+    return max((int(reduced[3].split("x")[int(reduced[1])]) for reduced in sums), default=0)
 
 
 def main(capability: str, *names: str) -> None:

@@ -8,14 +8,16 @@ the rows beside it. Blocks and splits that a row may not see change nothing, to 
 shares are 0, and what there was is multiplied by 1.
 
 **Rows.** The R query heads that share a KV head are neighbouring rows, filled up to a power of two,
-so a key is read once for all of them. Rows come in 64s, what a warp group's matrix instruction
-takes, so decodes and prefills multiply by the same one.
+so a key is read once for all of them. Decodes fill them up to what the GPU's matrix instruction
+takes, so decodes and prefills multiply by the same one: 64 rows of a warp group, or 16 of a warp.
+How rows and columns then lie in warps may differ, and decides nothing.
 """
 
-from typing import Final
+from typing import Any, Final
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from mixfleet_engine.ops.cuda.dialect import INTERPRETED, product, rounded
 
@@ -27,6 +29,18 @@ BLOCK_M: Final = 64
 """Rows of one warp group."""
 LOG2_E: Final = 1.4426950408889634
 NOTHING: Final = tl.constexpr(float("-inf"))
+
+
+def sizes_of(q: Tensor, keys: Tensor, split: int) -> dict[str, Any]:
+    """Return the sizes that the kernels are made for."""
+    _, block_size, num_kv, head_dim = keys.shape
+    return {
+        "H": q.shape[1],
+        "G": num_kv,
+        "A": head_dim,
+        "BLOCK_SIZE": block_size,
+        "SPLIT": split,
+    }
 
 
 @triton.jit
@@ -80,7 +94,7 @@ def split_of_context(
         base = tl.where(higher == NOTHING, 0.0, higher)
         shares = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(highest - base)
-        total = tl.fma(total, shrink, tl.sum(shares, axis=1))
+        total = tl.fma(total, shrink, row_sums(shares, BLOCK_M, BLOCK_S))
         mixed *= shrink[:, None]
         mixed = product(rounded(shares, q.dtype), _like(values, q), mixed)
         highest = higher
@@ -103,6 +117,21 @@ def merged(highest, total, mixed, split_highest, split_total, split_mixed):
         split_mixed * tl.expand_dims(split_shrink, -1),
     )
     return higher, total, mixed
+
+
+@triton.jit
+def row_sums(numbers, M: tl.constexpr, N: tl.constexpr):
+    """Return the sum of each row of ``[M, N]``: its halves added up, then theirs, down to one.
+
+    Of two numbers at a time, so in one order however they lie in threads and warps; `tl.sum` of a
+    whole row follows the layout, and the matrix units before Hopper's have one per tile height.
+    """
+    WIDTH: tl.constexpr = N // 2
+    halved = tl.sum(tl.reshape(numbers, [M, 2, WIDTH]), axis=1)
+    if WIDTH == 1:
+        return tl.reshape(halved, [M])
+    else:  # noqa: RET505 (what follows a return would be compiled too)
+        return row_sums(halved, M, WIDTH)
 
 
 @triton.jit
