@@ -100,15 +100,16 @@ LENGTHS = [1, 15, 16, 17, 31, 32, 33, 70, 129]
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kv_dtype"),
+    ("dtype", "kv_dtype", "heads", "kv_heads"),
     [
-        (torch.float32, None),
-        (torch.bfloat16, None),
-        (torch.float16, None),
-        (torch.bfloat16, FP8),
+        (torch.float32, None, 3, 3),
+        (torch.float32, None, 8, 2),
+        (torch.float32, None, 6, 1),
+        (torch.bfloat16, None, 8, 2),
+        (torch.float16, None, 6, 1),
+        (torch.bfloat16, FP8, 12, 2),
     ],
 )
-@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (8, 2), (6, 1)])
 def test_decodes(
     dtype: torch.dtype, kv_dtype: torch.dtype | None, heads: int, kv_heads: int
 ) -> None:
@@ -123,10 +124,15 @@ def test_decodes(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kv_dtype"),
-    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, FP8)],
+    ("dtype", "kv_dtype", "heads", "kv_heads"),
+    [
+        (torch.float32, None, 2, 2),
+        (torch.float32, None, 8, 2),
+        (torch.float32, None, 6, 1),
+        (torch.bfloat16, None, 12, 2),
+        (torch.bfloat16, FP8, 8, 2),
+    ],
 )
-@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (8, 2), (6, 1)])
 def test_prefills_beside_decodes(
     dtype: torch.dtype, kv_dtype: torch.dtype | None, heads: int, kv_heads: int
 ) -> None:
