@@ -22,11 +22,11 @@ MOST_SPILLED = 128
 EVERYWHERE = [
     "align:launches", "attention:launches", "combine:launches", "gemm:int4_decode",
     "gemm:int4_prefill", "gemm:int8", "gemm:plain", "gemm:uncommon", "gemv:launches",
-    "norm:launches", "rank_sum:launches", "router:launches", "swiglu:launches",
+    "norm:launches", "rank_sum:launches", "router:launches",
 ]  # fmt: skip
 WITH_FP8 = [
     "attention:launches_fp8", "gemm:fp8", "gemm:fp8_weights_only", "gemv:launches_fp8",
-    "norm:launches_fp8", "quant:launches_fp8", "swiglu:launches_fp8",
+    "norm:launches_fp8", "quant:launches_fp8",
 ]  # fmt: skip
 
 

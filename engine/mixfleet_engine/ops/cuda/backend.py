@@ -7,7 +7,7 @@ import torch
 from mixfleet_engine.errors import ConfigError
 from mixfleet_engine.layer_weights import AttentionWeights, MoeWeights, OutputWeights
 from mixfleet_engine.ops.cuda.attention import check_head_dim
-from mixfleet_engine.ops.cuda.blocks import CudaAttention, CudaMoe, CudaOutput
+from mixfleet_engine.ops.cuda.blocks import CudaAttention, CudaMoe, CudaOutput, Handover
 from mixfleet_engine.ops.cuda.chunks import ChunkPlacer
 from mixfleet_engine.ops.cuda.dialect import INTERPRETED
 from mixfleet_engine.ops.cuda.products import Products
@@ -49,6 +49,9 @@ class CudaBackend:
             batch_invariant=batch_invariant,
         )
         self._placer = ChunkPlacer()
+        self._handover = Handover()
+        self._before: CudaMoe | None = None
+        """The experts of the layer before, if what follows them is attention."""
 
     @property
     def name(self) -> str:
@@ -57,14 +60,18 @@ class CudaBackend:
 
     def attention(self, weights: AttentionWeights, rotary: RotaryTable) -> AttentionBlock:
         """See :class:`~mixfleet_engine.ops.door.Backend`."""
-        return CudaAttention(weights, rotary, self.products, self._placer)
+        if self._before is not None:
+            self._before.handover = self._handover
+        return CudaAttention(weights, rotary, self.products, self._placer, self._handover)
 
     def moe(self, weights: MoeWeights) -> MoeBlock:
         """See :class:`~mixfleet_engine.ops.door.Backend`."""
-        return CudaMoe(weights, self.products)
+        self._before = CudaMoe(weights, self.products)
+        return self._before
 
     def output(self, weights: OutputWeights) -> OutputBlock:
         """See :class:`~mixfleet_engine.ops.door.Backend`."""
+        self._before = None
         return CudaOutput(weights, self.products)
 
 

@@ -27,10 +27,61 @@ from mixfleet_engine.ops.cuda.rope_cache import rope_and_cache
 from mixfleet_engine.rotary import RotaryTable
 
 
-def _normed(x: Tensor, norm: Tensor, eps: float, products: Products, *, in_fp8: bool) -> Rows:
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """The chosen experts' outputs of all tokens, not summed up yet."""
+
+    outputs: Tensor
+    """``[T * K, D]``."""
+    shares: Tensor
+    """``[T, K]`` fp32."""
+
+
+class Handover:
+    """What the experts of a layer leave to the next layer's norm, which passes over the sum anyway.
+
+    It belongs to a running sum until somebody takes it, and one that nobody took is added then.
+    """
+
+    def __init__(self) -> None:
+        self._left: tuple[Tensor, Mixture] | None = None
+
+    def leave(self, x: Tensor, mixture: Mixture) -> None:
+        """Leave what is still to be added to ``x``."""
+        self.settle()
+        self._left = x, mixture
+
+    def take(self, x: Tensor) -> Mixture | None:
+        """Return what the caller must add to ``x`` before all else."""
+        if self._left is None or self._left[0] is not x:
+            self.settle()
+            return None
+        mixture = self._left[1]
+        self._left = None
+        return mixture
+
+    def settle(self) -> None:
+        """Add what was left."""
+        if self._left is not None:
+            x, mixture = self._left
+            self._left = None
+            combine_into(x, mixture.outputs, mixture.shares)
+
+
+def _normed(
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    products: Products,
+    *,
+    in_fp8: bool,
+    left: Mixture | None = None,
+) -> Rows:
+    """Return the normed rows of ``x`` with ``left``, which it has afterwards."""
+    add, shares = (None, None) if left is None else (left.outputs, left.shares)
     if in_fp8:
-        return rms_norm(x, norm, eps, dtype=products.dtype, quantise=True)
-    return rms_norm(x, norm, eps, dtype=products.dtype)
+        return rms_norm(x, norm, eps, dtype=products.dtype, quantise=True, add=add, shares=shares)
+    return rms_norm(x, norm, eps, dtype=products.dtype, add=add, shares=shares)
 
 
 class CudaAttention:
@@ -42,7 +93,9 @@ class CudaAttention:
         rotary: RotaryTable,
         products: Products,
         placer: ChunkPlacer,
+        handover: Handover,
     ) -> None:
+        self._handover = handover
         self._layer = weights.layer
         self._norm = weights.norm
         self._norm_eps = weights.norm_eps
@@ -64,7 +117,8 @@ class CudaAttention:
         """Return what goes into the last product, ``[T, H * A]``."""
         products = self._products
         in_fp8 = products.wants_fp8(self._wqkv, len(x))
-        normed = _normed(x, self._norm, self._norm_eps, products, in_fp8=in_fp8)
+        left = self._handover.take(x)
+        normed = _normed(x, self._norm, self._norm_eps, products, in_fp8=in_fp8, left=left)
         qkv = products.dense(normed, self._wqkv)
         keys, values = cache.layer(self._layer)
         chunks = self._placer.of(batch)
@@ -74,18 +128,11 @@ class CudaAttention:
         return quantise_rows(mixed) if products.wants_fp8(self._wo, len(x)) else mixed
 
 
-@dataclass(frozen=True, slots=True)
-class _Mixture:
-    """The chosen experts' outputs, not summed up yet."""
-
-    outputs: Tensor
-    """``[T * K, D]``."""
-    shares: Tensor
-    """``[T, K]`` fp32."""
-
-
 class CudaMoe:
     """The experts' half of a layer; implements ``MoeBlock``."""
+
+    handover: Handover | None = None
+    """Where its result is left for the next layer; None: it adds it itself."""
 
     def __init__(self, weights: MoeWeights, products: Products) -> None:
         self._norm = weights.norm
@@ -108,9 +155,12 @@ class CudaMoe:
     def add_to(self, x: Tensor) -> None:
         """See :class:`~mixfleet_engine.ops.door.MoeBlock`."""
         mixture = self._mixture(x)
-        combine_into(x, mixture.outputs, mixture.shares)
+        if self.handover is None:
+            combine_into(x, mixture.outputs, mixture.shares)
+        else:
+            self.handover.leave(x, mixture)
 
-    def _mixture(self, x: Tensor) -> _Mixture:
+    def _mixture(self, x: Tensor) -> Mixture:
         normed, shares, chosen = norm_and_route(
             x,
             self._norm,
@@ -124,8 +174,8 @@ class CudaMoe:
             # All the chosen are one and the same, so it is computed once.
             h = self._products.dense_up(normed, self._w13)
             outputs = self._products.dense(self._down_rows(h, len(x)), self._w2)
-            return _Mixture(outputs, shares.sum(dim=1, keepdim=True))
-        return _Mixture(self._outputs(normed, chosen), shares)
+            return Mixture(outputs, shares.sum(dim=1, keepdim=True))
+        return Mixture(self._outputs(normed, chosen), shares)
 
     def _outputs(self, normed: Rows, chosen: Tensor) -> Tensor:
         """Return ``[T * K, D]``."""
