@@ -37,7 +37,7 @@ def operand(
     if FORM == "int4":
         zeros = tl.full(ptrs.shape[:-1] + [1], 8.0, tl.float32)  # noqa: RUF005
         if zeros_ptrs is not None:
-            zeros = tl.load(zeros_ptrs, mask=zeros_mask)
+            zeros = _loaded(zeros_ptrs, zeros_mask)
         w = int4_tile(w, zeros, dtype, PTX)
     elif FORM == "int8":
         w = int8_tile(w, dtype, PTX)
@@ -61,6 +61,15 @@ def multiplied(w, x, acc, FORM: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def summed(acc, part, scales_ptrs, mask, FORM: tl.constexpr):
     if FORM == "int4":
-        return acc + part * tl.load(scales_ptrs, mask=mask)
+        return acc + part * _loaded(scales_ptrs, mask)
     else:  # noqa: RET505
         return part
+
+
+@triton.jit
+def _loaded(ptrs, mask):
+    """Return numbers, 0 where they do not exist: what stands there could be NaN, even times 0."""
+    if mask is None:
+        return tl.load(ptrs)
+    else:  # noqa: RET505
+        return tl.load(ptrs, mask=mask, other=0.0)
