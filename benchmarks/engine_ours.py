@@ -138,11 +138,11 @@ class Stopwatch:
 def overhead(job: Job, ours: Ours) -> dict[str, float]:
     """Return what share of a step at batch 8 is scheduler, sampler and detokeniser.
 
-    The runner's ``logits`` is the model, the rest of its ``run`` the sampler, and the rest of a
+    The runner's ``logits`` is the model, the rest of its ``launch`` the sampler, and the rest of a
     step the scheduler. The detokeniser runs in the worker; here it gets the same tokens.
     """
     runner = ours.engine._runner
-    model, run = Stopwatch(runner, "logits"), Stopwatch(runner, "run")
+    model, run = Stopwatch(runner, "logits"), Stopwatch(runner, "launch")
     ours.start(job.prompts(OVERHEAD, OVERHEAD_BATCH, job.prompt_tokens))
     ours.step()
     ours.tokens.clear()
