@@ -1,8 +1,7 @@
 """Loads a random model of any size and form as the engine loads any, and makes engines of it."""
 
-import dataclasses
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -11,9 +10,8 @@ from benchmarks.gpu_scale import Scale
 from benchmarks.gpu_weights import RandomCheckpoint
 from mixfleet_engine.config import EngineConfig, KvDtype, WeightDtype
 from mixfleet_engine.engine import Engine
-from mixfleet_engine.loading import make_runner, resolve_device, resolve_dtype
+from mixfleet_engine.loading import make_engine, make_runner, resolve_device, resolve_dtype
 from mixfleet_engine.ranks import OneRank
-from mixfleet_engine.scheduler import Scheduler
 
 NO_ITL_TARGET_S: Final = 60.0
 
@@ -49,17 +47,8 @@ class Loaded:
         The one before must not be used any more. Without a target, prompts that come together are
         prefilled in the largest steps.
         """
-        scheduler = Scheduler(
-            num_blocks=self.runner.num_blocks,
-            block_size=self.runner.block_size,
-            max_batch_size=self.scale.max_batch_size,
-            max_step_tokens=self.config.max_step_tokens,
-            context_length=self.config.context_of(self.scale.model),
-            vocab_size=self.scale.model.vocab_size,
-            prefix_cache=self.config.prefix_cache,
-            itl_target_s=itl_target_s,
-        )
-        return Engine(self.runner, scheduler, pipelined=self.device.type == "cuda")
+        config = replace(self.config, itl_target_s=itl_target_s)
+        return make_engine(self.runner, self.scale.model, config, self.scale.max_batch_size)
 
 
 def load(
@@ -69,11 +58,7 @@ def load(
     kv_dtype: KvDtype = "auto",
     batch_invariant: bool = True,
 ) -> Loaded:
-    """Make a random model and load it.
-
-    Raises:
-        NotMeasurableError: The engine cannot give up batch invariance.
-    """
+    """Make a random model and load it."""
     device = resolve_device("auto")
     config = EngineConfig(
         max_batch_size=scale.max_batch_size,
@@ -84,7 +69,7 @@ def load(
         weight_dtype=weight_dtype,
         kv_dtype=kv_dtype,
         backend="auto" if device.type == "cuda" else "cpu",
-        **_invariance(batch_invariant=batch_invariant),
+        batch_invariant=batch_invariant,
     )
     dtype = resolve_dtype(config.dtype, device)
     started = time.perf_counter()
@@ -110,12 +95,3 @@ def synchronise(device: torch.device) -> None:
     """Wait for all that is enqueued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _invariance(*, batch_invariant: bool) -> dict[str, Any]:
-    """Return the setting that turns batch invariance off; none where it is on, as by default."""
-    if batch_invariant:
-        return {}
-    if "batch_invariant" not in {field.name for field in dataclasses.fields(EngineConfig)}:
-        raise NotMeasurableError("this engine has no setting batch_invariant")
-    return {"batch_invariant": False}

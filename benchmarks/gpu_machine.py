@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.gpu_scale import Scale
 from benchmarks.gpu_timing import device_seconds
+from benchmarks.report import say
 
 _REPEATS: Final = 11
 _FACTS: Final = (
@@ -34,8 +35,8 @@ def measure_rates(scale: Scale, device: torch.device) -> dict[str, float]:
     rates["bf16_flops"] = flops / device_seconds(lambda: a @ a, device, repeats=_REPEATS, at_once=4)
     try:
         rates["fp8_flops"] = flops / _fp8_seconds(a)
-    except (RuntimeError, AttributeError, NotImplementedError):
-        return rates  # an older GPU, or a torch without it
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        say(f"no fp8 products to measure: {error}")  # an older GPU, or a torch without them
     return rates
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from mixfleet_engine.config import ModelConfig
+from mixfleet_engine.published import PUBLISHED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,19 +66,8 @@ class Scale:
 
 
 FULL: Final = Scale(
-    model=ModelConfig(
-        dim=4096,
-        n_layers=32,
-        n_heads=32,
-        n_kv_heads=8,
-        head_dim=128,
-        hidden_dim=14_336,
-        vocab_size=32_000,
-        num_experts=8,
-        experts_per_token=2,
-        # A prompt of 32,768 tokens and an answer.
-        context_length=36_864,
-    ),
+    # Room for a prompt of 32,768 tokens and an answer.
+    model=replace(PUBLISHED["mixtral-8x7b"], context_length=36_864),
     num_blocks=None,
     max_step_tokens=8192,
     batches=(1, 8, 16, 32, 64, 128, 256),

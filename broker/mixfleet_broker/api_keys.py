@@ -12,7 +12,7 @@ from mixfleet_broker.errors import BrokerError, MessageError, UnknownKeyError
 from mixfleet_broker.key_records import KeyRecord, KeyTerms, key_fields, read_key
 from mixfleet_broker.key_secrets import digest_of, is_secret, new_key_id, new_secret
 from mixfleet_broker.keys import API_KEY, API_KEYS, API_SECRET
-from mixfleet_broker.lua import Argument, ScriptName, Scripts
+from mixfleet_broker.lua import Argument, ScriptName, Scripts, milliseconds
 from mixfleet_broker.names import check_tenant
 from mixfleet_broker.redis_errors import redis_errors
 
@@ -196,7 +196,7 @@ def _opens(content: dict[bytes, bytes], digest: str, now: float) -> bool:
 def _ms(name: str, seconds: float, most_s: float) -> int:
     if not 0 < seconds <= most_s:
         raise MessageError(f"{name}={seconds:g}: must be above 0 and at most {most_s} s")
-    return max(1, round(seconds * 1000))
+    return milliseconds(seconds)
 
 
 def _flat(content: dict[str, str]) -> list[str]:

@@ -15,7 +15,7 @@ from redis import Redis
 from mixfleet_broker.errors import BrokerError
 from mixfleet_broker.file_store import MAX_FILES, FilesFull, new_file_id
 from mixfleet_broker.keys import BATCH, BATCH_DONE, BATCHES_OPEN, OWN_BATCHES
-from mixfleet_broker.lua import Argument, Scripts
+from mixfleet_broker.lua import Argument, Scripts, milliseconds
 from mixfleet_broker.redis_errors import redis_errors
 
 Status = Literal[
@@ -139,7 +139,7 @@ class BatchStore:
             "metadata": json.dumps(dict(batch.metadata)),
         }
         args: list[Argument] = [batch.tenant, batch.input_file, new_file_id(), new_file_id()]
-        args += [_ms(batch.window_s), _ms(batch.ttl_s), MAX_FILES, MAX_BATCHES]
+        args += [milliseconds(batch.window_s), milliseconds(batch.ttl_s), MAX_FILES, MAX_BATCHES]
         args += [part for pair in fields.items() for part in pair]
         with redis_errors():
             reply = self._scripts.run("batch_open", batch.batch_id, *args)
@@ -169,7 +169,7 @@ class BatchStore:
     def lease(self, batch_id: str, token: str, lease_s: float) -> BatchLease | None:
         """Take a batch, or keep it; None if it is another's, or has ended."""
         with redis_errors():
-            reply = self._scripts.run("batch_lease", batch_id, token, _ms(lease_s))
+            reply = self._scripts.run("batch_lease", batch_id, token, milliseconds(lease_s))
         if not reply:
             return None
         return BatchLease(cast("Status", reply[0].decode()), reply[1] / 1000)
@@ -252,7 +252,3 @@ def _batch(batch_id: str, content: dict[bytes, bytes]) -> Batch | None:
         )
     except (KeyError, ValueError) as error:
         raise BrokerError(f"record of {batch_id} cannot be read: {error!r}") from error
-
-
-def _ms(seconds: float) -> int:
-    return max(1, round(seconds * 1000))

@@ -13,7 +13,7 @@ from redis import Redis
 
 from mixfleet_broker.errors import BrokerError
 from mixfleet_broker.keys import FILE, FILE_CONTENT, OWN_FILES
-from mixfleet_broker.lua import Scripts
+from mixfleet_broker.lua import Scripts, milliseconds
 from mixfleet_broker.redis_errors import redis_errors
 
 MAX_FILES: Final = 1000
@@ -89,10 +89,15 @@ class FileStore:
             None once it is there; why not otherwise. Then the content is gone.
         """
         flat = [part for pair in fields.items() for part in pair]
-        ttl_ms = max(1, round(ttl_s * 1000))
         with redis_errors():
             what, *held = self._scripts.run(
-                "file_add", file_id, tenant, ttl_ms, MAX_FILES, max_bytes, *flat
+                "file_add",
+                file_id,
+                tenant,
+                milliseconds(ttl_s),
+                MAX_FILES,
+                max_bytes,
+                *flat,
             )
         if what == b"added":
             return None

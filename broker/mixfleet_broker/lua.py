@@ -66,6 +66,11 @@ _FIRST_KEYS: Final[dict[str, Key]] = {
 _USES: Final = "-- uses:"
 
 
+def milliseconds(seconds: float) -> int:
+    """Return a length of time as scripts and Redis take it: whole, and never 0, which is none."""
+    return max(1, round(seconds * 1000))
+
+
 class Scripts:
     """The scripts on one server; safe to share between threads.
 

@@ -14,6 +14,7 @@ from redis import Redis
 
 from mixfleet_broker.errors import BrokerError
 from mixfleet_broker.keys import CHANNEL, RESPONSE
+from mixfleet_broker.lua import milliseconds
 from mixfleet_broker.names import check_job_id
 from mixfleet_broker.redis_errors import redis_errors
 
@@ -56,7 +57,7 @@ def create_response(
     """
     key = RESPONSE(check_job_id(record.job_id), prefix=prefix)
     with redis_errors():
-        is_new = redis.set(key, _encode(record), px=_ms(ttl_s), nx=True)
+        is_new = redis.set(key, _encode(record), px=milliseconds(ttl_s), nx=True)
     if is_new:
         return record, True
     found = find_response(redis, record.job_id, prefix=prefix)
@@ -96,7 +97,7 @@ def end_response(
     key = RESPONSE(check_job_id(record.job_id), prefix=prefix)
     ended = _encode(replace(record, final=final))
     with redis_errors():
-        is_kept = bool(redis.set(key, ended, px=_ms(ttl_s), xx=True))
+        is_kept = bool(redis.set(key, ended, px=milliseconds(ttl_s), xx=True))
         # Not one step with the record: a channel that stays longer harms nobody.
         redis.expire(CHANNEL(record.job_id, prefix=prefix), channel_ttl)
     return is_kept
@@ -141,7 +142,3 @@ def _is_good(value: dict[str, Any]) -> bool:
         and (final is None or isinstance(final, dict))
         and isinstance(value["request"].get("model"), str)
     )
-
-
-def _ms(ttl_s: float) -> int:
-    return max(1, round(ttl_s * 1000))

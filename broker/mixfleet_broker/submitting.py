@@ -13,7 +13,7 @@ from mixfleet_broker.errors import (
 from mixfleet_broker.job_codec import (
     encode_job,
 )
-from mixfleet_broker.lua import Argument
+from mixfleet_broker.lua import Argument, milliseconds
 from mixfleet_broker.messages import (
     ChatJob,
 )
@@ -101,4 +101,4 @@ def num_prompt_bytes(job: ChatJob) -> int:
 
 
 def _ms(seconds: float | None) -> int:
-    return 0 if seconds is None else max(1, round(seconds * 1000))
+    return 0 if seconds is None else milliseconds(seconds)

@@ -2,8 +2,8 @@
 
 A step of few shapes can be recorded once and enqueued by one call. So a step of B decodes runs as
 one of the next bucket's size, over as much context as the next power of two of KV splits holds. The
-rows that fill up a bucket repeat its first row and write nothing: they choose the first row's
-experts, so that no weights are read for their sake.
+rows that fill up a bucket repeat the one of the shortest context and write nothing: they choose
+that row's experts, so that no weights are read for their sake, and hardly any keys.
 
 With several ranks the model and the sampling are recorded apart. Only the first rank samples, and
 what ranks exchange all of them must record alike: a shape that one of them knows and another does
@@ -166,11 +166,12 @@ class DecodeSteps:
             )
             for chunk, unread in zip(chunks, unread_rows, strict=True)
         ]
-        columns += [(*columns[0][:3], -1)] * filling
+        shortest = min(range(len(chunks)), key=lambda row: chunks[row].start)
+        columns += [(*columns[shortest][:3], -1)] * filling
         numbers[:_INTEGERS, :num_rows] = torch.tensor(columns).T
         if sampling == "drawn":
             settings = [row_settings(c.sampling, c.position, self._vocab_size) for c in chunks]
-            settings += settings[:1] * filling
+            settings += [settings[shortest]] * filling
             numbers[_INTEGERS:, :num_rows].view(torch.float64).copy_(
                 torch.tensor(settings, dtype=torch.float64).T
             )
@@ -179,7 +180,7 @@ class DecodeSteps:
         found = tables.numpy()
         for row, chunk in enumerate(chunks):
             found[row, : len(chunk.block_table)] = chunk.block_table
-        found[len(chunks) :] = found[0]
+        found[len(chunks) :] = found[shortest]
         self._numbers.copy_(numbers, non_blocking=True)
         self._tables[:num_rows, :widest].copy_(tables, non_blocking=True)
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from mixfleet_engine.filters import kept_weights, lowest_kept
 from mixfleet_engine.ranking import argmax, block_maxima
 from mixfleet_engine.request import SamplingParams
+from mixfleet_engine.sampling_rows import COLDEST
 from mixfleet_engine.step import NO_TOKEN, PlannedChunk
 from mixfleet_engine.token_draw import draw
 from mixfleet_engine.uniform import uniform
 
 NUM_SETTINGS: Final = 6
 """Numbers of a row's settings."""
-_COLDEST: Final = 2.0**-126  # fp32's smallest normal number, as in `SamplingRows.temperatures`
 
 
 def draws_on_device(chunk: PlannedChunk) -> bool:
@@ -44,7 +44,7 @@ def row_settings(params: SamplingParams, position: int, vocab_size: int) -> tupl
         return (1.0, 1.0, 0.0, float(vocab_size), 1.0, -math.inf)
     return (
         0.0,
-        max(params.temperature, _COLDEST),
+        max(params.temperature, COLDEST),
         uniform(params.seed, position),
         float(min(params.top_k or vocab_size, vocab_size)),
         params.top_p,

@@ -84,6 +84,11 @@ class DeviceRunner(ModelRunner):
         model.ranks.on_end(self._steps.forget)
 
     @property
+    def waits(self) -> bool:
+        """See :class:`~mixfleet_engine.runner.ModelRunner`."""
+        return self._device.type != "cuda"
+
+    @property
     def recorded(self) -> tuple[StepShape, ...]:
         """The decode steps that have been recorded so far."""
         return self._steps.shapes

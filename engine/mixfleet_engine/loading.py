@@ -57,13 +57,38 @@ def load_engine(
     """
     model = ModelConfig.from_checkpoint(path)
     ranks = ranks or OneRank()
-    is_pipelined = _is_pipelined(config, ranks.shard.world)
+    if config.pipelined and ranks.shard.world > 1:
+        raise ConfigError(
+            f"pipelined=True: not with {ranks.shard.world} ranks, of which only the first samples"
+        )
     sizes = planned_sizes(model, config, ranks.shard.world)
     runner = load_runner(path, config, progress, ranks)
+    return make_engine(runner, model, config, sizes.max_batch_size, tokenizer, ranks)
+
+
+def make_engine(
+    runner: ModelRunner,
+    model: ModelConfig,
+    config: EngineConfig,
+    max_batch_size: int,
+    tokenizer: Tokenizer | None = None,
+    ranks: Ranks | None = None,
+) -> Engine:
+    """Return an engine with nothing in its KV cache; the runner's last one is of no use any more.
+
+    Args:
+        runner: Of `load_runner` or `make_runner`, on the first rank.
+        model: What it runs.
+        config: As it was loaded, but for what only the scheduler reads.
+        max_batch_size: Most sequences that run at once.
+        tokenizer: As for `load_engine`.
+        ranks: As for `load_engine`.
+    """
+    is_alone = ranks is None or ranks.shard.world == 1
     scheduler = Scheduler(
         num_blocks=runner.num_blocks,
         block_size=runner.block_size,
-        max_batch_size=sizes.max_batch_size,
+        max_batch_size=max_batch_size,
         max_step_tokens=config.max_step_tokens,
         context_length=config.context_of(model),
         vocab_size=model.vocab_size,
@@ -71,11 +96,10 @@ def load_engine(
         itl_target_s=config.itl_target_s,
         grammars=None if tokenizer is None else Grammars(tokenizer, model.vocab_size),
     )
-    return Engine(
-        LeadingRunner(runner, ranks) if ranks.shard.world > 1 else runner,
-        scheduler,
-        pipelined=is_pipelined,
-    )
+    pipelined = is_alone and not runner.waits if config.pipelined is None else config.pipelined
+    if ranks is None or is_alone:
+        return Engine(runner, scheduler, pipelined=pipelined)
+    return Engine(LeadingRunner(runner, ranks), scheduler, pipelined=pipelined)
 
 
 def planned_sizes(model: ModelConfig, config: EngineConfig, world: int = 1) -> EngineSizes:
@@ -161,7 +185,7 @@ def make_runner(
         *(num_blocks, config.block_size),
     )
     _warn_of_short_cache(num_blocks * config.block_size, config.context_of(model))
-    max_rows = engine_sizes(plan, config, model).max_batch_size
+    max_rows = sizes.max_batch_size
     if backend_name == "cuda":
         # Ranks record steps of the same shapes.
         max_rows = ranks.lowest(max_rows, is_loaded=True)
@@ -204,16 +228,6 @@ def _load_model(
     with closing(loader):
         loaded = MixtralModel.load(loader, model, backend, config.context_of(model), ranks)
     return loaded, backend.name
-
-
-def _is_pipelined(config: EngineConfig, world: int) -> bool:
-    if config.pipelined is None:
-        return world == 1 and resolve_device(config.device).type == "cuda"
-    if config.pipelined and world > 1:
-        raise ConfigError(
-            f"pipelined=True: not with {world} ranks, of which only the first samples"
-        )
-    return config.pipelined
 
 
 def _kv_cache(model: ModelConfig, config: EngineConfig, ranks: Ranks, num_blocks: int) -> KvCache:

@@ -17,19 +17,11 @@ from mixfleet_engine.batch import Batch
 from mixfleet_engine.config import ModelConfig
 from mixfleet_engine.kv_cache import KvCache
 from mixfleet_engine.layer_weights import AttentionWeights, MoeWeights, OutputWeights
-from mixfleet_engine.ops.door import AttentionBlock, Backend, MoeBlock, OutputBlock
+from mixfleet_engine.ops.door import Backend, Layer, OutputBlock, RunLayers
 from mixfleet_engine.ranks import OneRank, Ranks
 from mixfleet_engine.rotary import RotaryTable
 from mixfleet_engine.sharding import part_of
 from mixfleet_engine.weight_loader import WeightLoader
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
-    """One transformer layer: attention, then experts."""
-
-    attention: AttentionBlock
-    moe: MoeBlock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +33,8 @@ class MixtralModel:
     embedding: Tensor
     """``[V, D]``, or the rank's part of the V tokens."""
     layers: tuple[Layer, ...]
+    run_layers: RunLayers
+    """All of them, where nobody else holds a part of the model."""
     output: OutputBlock
     ranks: Ranks
 
@@ -81,10 +75,12 @@ class MixtralModel:
             )
 
         embedding = loader.tensor("tok_embeddings.weight")
+        layers = tuple(load_layer(number) for number in range(config.n_layers))
         return cls(
             config=config,
             embedding=embedding,
-            layers=tuple(load_layer(number) for number in range(config.n_layers)),
+            layers=layers,
+            run_layers=backend.layers(layers),
             output=backend.output(OutputWeights.load(loader, config, embedding)),
             ranks=ranks or OneRank(),
         )
@@ -98,12 +94,10 @@ class MixtralModel:
         # The running sum stays fp32: rounded at each of its many additions, it would be the main
         # error of a bf16 model.
         x = self._embed(batch.token_ids)
-        is_alone = self.ranks.shard.world == 1
-        for layer in self.layers:
-            if is_alone:
-                layer.attention.add_to(x, batch, cache)
-                layer.moe.add_to(x)
-            else:
+        if self.ranks.shard.world == 1:
+            self.run_layers(x, batch, cache)
+        else:
+            for layer in self.layers:
                 self.ranks.add_sum(x, layer.attention(x, batch, cache))
                 self.ranks.add_sum(x, layer.moe(x))
         if len(batch.sample_rows) == 0:  # in the middle of a long prompt

@@ -30,6 +30,11 @@ class ModelRunner:
         """What the last launch sampled."""
 
     @property
+    def waits(self) -> bool:
+        """Whether a launch takes as long as its step, so that nothing is won by launching ahead."""
+        return True
+
+    @property
     def num_blocks(self) -> int:
         """Blocks of KV cache."""
         return self._cache.num_blocks

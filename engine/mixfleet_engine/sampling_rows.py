@@ -5,7 +5,7 @@ Shape letters: R rows, V vocabulary, B blocks of a row.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Final, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from mixfleet_engine.ranking import block_maxima
 from mixfleet_engine.request import SamplingParams
 from mixfleet_engine.uniform import uniform
+
+COLDEST: Final = torch.finfo(torch.float32).tiny
+"""Temperatures below it would divide by 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +61,7 @@ class SamplingRows:
 
     def temperatures(self) -> Tensor:
         """Return ``[R, 1]`` fp32, above 0."""
-        coldest = torch.finfo(torch.float32).tiny  # anything below would divide by 0
-        return self.column([max(p.temperature, coldest) for p in self.params], torch.float32)
+        return self.column([max(p.temperature, COLDEST) for p in self.params], torch.float32)
 
     def uniforms(self) -> Tensor:
         """Return ``[R, 1]`` fp64 random numbers of each row's seed and position."""

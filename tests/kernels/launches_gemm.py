@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 
 from mixfleet_engine.ops.cuda.alignment import Alignment
-from mixfleet_engine.ops.cuda.gemm import Rows, dense, experts_down, experts_up
+from mixfleet_engine.ops.cuda.gemm import dense, experts_down, experts_up
 from mixfleet_engine.ops.cuda.packed import WORDS, Form, PackedWeight
-from mixfleet_engine.ops.cuda.quant import empty_rows
+from mixfleet_engine.ops.cuda.quant import Rows, empty_rows
 from mixfleet_engine.ops.cuda.tiles import default_tiles
 from mixfleet_engine.weight_formats import INT4_GROUP
 

@@ -22,7 +22,7 @@ def launches() -> None:
         shares = empty(T, K, dtype=torch.float32)
         rms_norm(x, weight, EPS, dtype=torch.bfloat16, add=empty(T * K, D), shares=shares)
         gate = empty(E, D, dtype=torch.float32)
-        norm_and_route(x, weight, EPS, gate, K, dtype=torch.bfloat16, add=empty(T, D))
+        norm_and_route(x, weight, EPS, gate, K, dtype=torch.bfloat16)
 
 
 def launches_fp8() -> None:
@@ -34,6 +34,4 @@ def launches_fp8() -> None:
             x, weight, EPS, dtype=torch.bfloat16, quantise=True, add=empty(T * K, D), shares=shares
         )
         gate = empty(E, D, dtype=torch.float32)
-        norm_and_route(
-            x, weight, EPS, gate, K, dtype=torch.bfloat16, quantise=True, add=empty(T, D)
-        )
+        norm_and_route(x, weight, EPS, gate, K, dtype=torch.bfloat16, quantise=True)

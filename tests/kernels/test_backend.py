@@ -6,13 +6,16 @@ from typing import Any
 import pytest
 import torch
 
+from mixfleet_engine.batch import make_batch
 from mixfleet_engine.config import EngineConfig
 from mixfleet_engine.device_runner import DeviceRunner
 from mixfleet_engine.engine import Engine
+from mixfleet_engine.kv_cache import KvCache
 from mixfleet_engine.loading import load_engine, load_runner
+from mixfleet_engine.ops.door import in_turn
 from mixfleet_engine.request import GenerateRequest, SamplingParams, TokenLogprobs
 from support.engine_requests import make_request
-from support.kernels import DEVICE, off
+from support.kernels import DEVICE, off, randn
 from support.plans import chunk, plan, table
 from support.tiny_model import tiny_config, write_hf_checkpoint
 
@@ -128,6 +131,17 @@ def test_an_answer_is_the_same_to_the_bit_in_any_company(
     for more in ways:
         engine = load_engine(folder, settings(dtype="bfloat16", **more))
         assert answers(engine, *asked) == expected, more
+
+
+def test_layers_run_together_as_one_after_the_other(folder: Path) -> None:
+    model = load_runner(folder, settings(dtype="bfloat16"))._model
+    cache = KvCache(CONFIG, num_blocks=40, block_size=16, dtype=torch.bfloat16, device=DEVICE)
+    batch = make_batch(PLAN, 16, DEVICE)
+    together = randn(len(batch.token_ids), CONFIG.dim)
+    alone = together.clone()
+    model.run_layers(together, batch, cache)
+    in_turn(model.layers)(alone, batch, cache)
+    assert torch.equal(together, alone)
 
 
 def test_decodes_run_in_buckets(folder: Path) -> None:

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from mixfleet_engine.ops.cuda.align import align
-from mixfleet_engine.ops.cuda.gemm import Rows, dense, dense_up, experts_down, experts_up
+from mixfleet_engine.ops.cuda.gemm import dense, dense_up, experts_down, experts_up
 from mixfleet_engine.ops.cuda.packed import PackedWeight, packed
-from mixfleet_engine.ops.cuda.quant import quantise_rows
+from mixfleet_engine.ops.cuda.quant import Rows, quantise_rows
 from mixfleet_engine.ops.cuda.tiles import Tiles
 from mixfleet_engine.quantise import Int4Weight, quantise
 from mixfleet_engine.weight_formats import WeightFormat

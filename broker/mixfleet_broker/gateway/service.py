@@ -85,7 +85,6 @@ class Service:
         Raises:
             ApiError: The request cannot be served; nothing is queued.
         """
-        caller.check_model(jobs[0].model)
         jobs = [replace(job, traceparent=_traceparent(request)) for job in jobs]
         try:
             terms = _terms(request, caller, priority)

@@ -9,6 +9,7 @@ dimension, D model width, F expert width, K experts per token, N rows of any mat
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -49,6 +50,29 @@ class MoeBlock(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One transformer layer: attention, then experts."""
+
+    attention: AttentionBlock
+    moe: MoeBlock
+
+
+RunLayers = Callable[[Tensor, Batch, KvCache], None]
+"""Adds what layers add, one after the other, to the running sum ``[T, D]`` fp32 in place."""
+
+
+def in_turn(layers: Sequence[Layer]) -> RunLayers:
+    """Return what runs each block by itself."""
+
+    def run(x: Tensor, batch: Batch, cache: KvCache) -> None:
+        for layer in layers:
+            layer.attention.add_to(x, batch, cache)
+            layer.moe.add_to(x)
+
+    return run
+
+
 class Backend(Protocol):
     """Makes the blocks of a model."""
 
@@ -63,6 +87,10 @@ class Backend(Protocol):
 
     def moe(self, weights: MoeWeights) -> MoeBlock:
         """Return the experts' half of a layer; the caller may drop the weights."""
+        ...
+
+    def layers(self, layers: Sequence[Layer]) -> RunLayers:
+        """Return what runs layers of its own blocks where one rank has them whole."""
         ...
 
     def output(self, weights: OutputWeights) -> OutputBlock:

@@ -1,9 +1,19 @@
 """A back-end of plain torch: the blocks of the model with somebody's operations."""
 
+from collections.abc import Sequence
+
 from mixfleet_engine.attention import Attention
 from mixfleet_engine.layer_weights import AttentionWeights, MoeWeights, OutputWeights
 from mixfleet_engine.moe import MoeLayer
-from mixfleet_engine.ops.door import AttentionBlock, MoeBlock, Ops, OutputBlock
+from mixfleet_engine.ops.door import (
+    AttentionBlock,
+    Layer,
+    MoeBlock,
+    Ops,
+    OutputBlock,
+    RunLayers,
+    in_turn,
+)
 from mixfleet_engine.output import OutputLayer
 from mixfleet_engine.rotary import RotaryTable
 
@@ -26,6 +36,10 @@ class TorchBackend:
     def moe(self, weights: MoeWeights) -> MoeBlock:
         """See :class:`~mixfleet_engine.ops.door.Backend`."""
         return MoeLayer.make(weights, self._ops)
+
+    def layers(self, layers: Sequence[Layer]) -> RunLayers:
+        """See :class:`~mixfleet_engine.ops.door.Backend`."""
+        return in_turn(layers)
 
     def output(self, weights: OutputWeights) -> OutputBlock:
         """See :class:`~mixfleet_engine.ops.door.Backend`."""

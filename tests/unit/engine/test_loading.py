@@ -10,7 +10,13 @@ import torch
 from mixfleet_engine import loading
 from mixfleet_engine.config import EngineConfig, Shard
 from mixfleet_engine.errors import CheckpointError, ConfigError, DoesNotFitError
-from mixfleet_engine.loading import load_engine, load_runner, resolve_device, resolve_dtype
+from mixfleet_engine.loading import (
+    load_engine,
+    load_runner,
+    make_engine,
+    resolve_device,
+    resolve_dtype,
+)
 from mixfleet_engine.plan import kv_bytes_per_token, plan_memory
 from mixfleet_engine.ranks import OneRank
 from mixfleet_engine.request import GenerateRequest
@@ -63,12 +69,24 @@ def test_several_ranks_cannot_be_pipelined(tmp_path: Path) -> None:
         load_engine(folder, replace(CONFIG, pipelined=True), ranks=TwoRanks())
 
 
-@pytest.mark.parametrize(("world", "pipelined"), [(1, True), (2, False)])
-def test_an_engine_on_one_gpu_is_pipelined(
-    monkeypatch: pytest.MonkeyPatch, world: int, *, pipelined: bool
+@pytest.mark.parametrize(
+    ("waits", "ranks", "ahead"),
+    [(False, None, True), (True, None, False), (False, TwoRanks(), False)],
+)
+def test_an_engine_is_pipelined_where_one_rank_launches_without_waiting(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    waits: bool,
+    ranks: OneRank | None,
+    ahead: bool,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert loading._is_pipelined(EngineConfig(), world) == pipelined
+    runner = load_runner(write_hf_checkpoint(tmp_path, SMALL), CONFIG)
+    monkeypatch.setattr(type(runner), "waits", waits)
+    engine = make_engine(runner, SMALL, CONFIG, 2, ranks=ranks)
+    engine.submit(GenerateRequest(request_id="a", prompt_token_ids=(5, 6, 7), max_tokens=9))
+    engine.step()
+    assert engine.abort("a")
+    assert engine.has_work == ahead, "a second step runs"
 
 
 class SharingRanks(OneRank):

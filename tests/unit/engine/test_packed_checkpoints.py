@@ -23,6 +23,7 @@ from mixfleet_engine.weight_loader import WeightLoader
 from mixfleet_engine.weights import open_checkpoint, weight_shapes
 from support.dense_mixtral import dense_greedy, dense_logits
 from support.engine_requests import make_request, run_to_end
+from support.native_cases import native_library
 from support.packed_checkpoints import PACKABLE, Packing, write_packed_checkpoint
 from support.plans import chunk, plan
 from support.tiny_model import tiny_config, write_hf_checkpoint
@@ -240,10 +241,8 @@ def test_sizes_that_cut_a_group_are_refused_before_loading(tmp_path: Path) -> No
 def test_native_runs_symmetric_numbers_and_auto_leaves_it_for_others(tmp_path: Path) -> None:
     native = {"dtype": "bfloat16", "block_size": 16}
     tensors = write_packed_checkpoint(tmp_path / "sym", SYMMETRIC)
-    try:
-        runner = load_runner(tmp_path / "sym", settings("native", **native))
-    except ConfigError as error:
-        pytest.skip(str(error))
+    native_library()
+    runner = load_runner(tmp_path / "sym", settings("native", **native))
     found = runner.logits(plan(chunk(PROMPT, block_table=[3])))[0]
     expected = dense_logits(PACKABLE, tensors, PROMPT)[-1].float()
     assert (found - expected).norm() < 0.08 * expected.norm()

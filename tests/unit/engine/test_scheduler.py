@@ -1,32 +1,14 @@
 import math
 import pickle
-from typing import Any
 
 import pytest
 
 from mixfleet_engine.errors import ConfigError, InvalidRequestError, PromptTooLongError
 from mixfleet_engine.request import StepOutput
 from mixfleet_engine.scheduler import Scheduler
-from mixfleet_engine.step import NO_TOKEN, SampledToken, StepPlan
+from mixfleet_engine.step import NO_TOKEN, StepPlan
 from support.engine_requests import make_request
-
-
-def make_scheduler(**changes: Any) -> Scheduler:
-    """A small scheduler without a prefix cache, so that prompts may look alike."""
-    sizes: dict[str, Any] = {
-        "num_blocks": 16,
-        "block_size": 4,
-        "max_batch_size": 4,
-        "max_step_tokens": 8,
-        "context_length": 64,
-        "vocab_size": 100,
-        "prefix_cache": False,
-    }
-    return Scheduler(**{**sizes, **changes})
-
-
-def tokens(*token_ids: int) -> list[SampledToken]:
-    return [SampledToken(token_id) for token_id in token_ids]
+from support.schedulers import make_scheduler, tokens
 
 
 def step(scheduler: Scheduler, token_id: int = 50) -> StepPlan:

@@ -1,32 +1,19 @@
 """Plans made while the step before runs: what is in them, when there is none, what ends undo."""
 
-from typing import Any
+from functools import partial
 
 import pytest
 
 from mixfleet_engine.grammar import Grammars
 from mixfleet_engine.request import SamplingParams
 from mixfleet_engine.scheduler import Scheduler
-from mixfleet_engine.step import NO_TOKEN, UNREAD, SampledToken, StepPlan
+from mixfleet_engine.step import NO_TOKEN, UNREAD, StepPlan
+from support import schedulers
 from support.byte_tokenizer import ByteTokenizer
 from support.engine_requests import make_request
+from support.schedulers import tokens
 
-
-def make_scheduler(**changes: Any) -> Scheduler:
-    sizes: dict[str, Any] = {
-        "num_blocks": 16,
-        "block_size": 4,
-        "max_batch_size": 4,
-        "max_step_tokens": 8,
-        "context_length": 64,
-        "vocab_size": 300,
-        "prefix_cache": False,
-    }
-    return Scheduler(**{**sizes, **changes})
-
-
-def tokens(*token_ids: int) -> list[SampledToken]:
-    return [SampledToken(token_id) for token_id in token_ids]
+make_scheduler = partial(schedulers.make_scheduler, vocab_size=300)
 
 
 def ahead(scheduler: Scheduler, now: float = 0.0) -> StepPlan:

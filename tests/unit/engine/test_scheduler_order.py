@@ -1,6 +1,6 @@
 """Priorities, deadlines and who gives way to whom."""
 
-from typing import Any
+from functools import partial
 
 import pytest
 
@@ -8,20 +8,10 @@ from mixfleet_engine.errors import InvalidRequestError
 from mixfleet_engine.request import StepOutput
 from mixfleet_engine.scheduler import Scheduler
 from mixfleet_engine.step import SampledToken, StepPlan
+from support import schedulers
 from support.engine_requests import make_request
 
-
-def make_scheduler(**changes: Any) -> Scheduler:
-    sizes: dict[str, Any] = {
-        "num_blocks": 16,
-        "block_size": 4,
-        "max_batch_size": 2,
-        "max_step_tokens": 8,
-        "context_length": 64,
-        "vocab_size": 100,
-        "prefix_cache": False,
-    }
-    return Scheduler(**{**sizes, **changes})
+make_scheduler = partial(schedulers.make_scheduler, max_batch_size=2)
 
 
 def step(scheduler: Scheduler, now: float = 0.0) -> StepPlan:

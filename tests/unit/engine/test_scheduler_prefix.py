@@ -1,22 +1,13 @@
 """What the prefix cache changes about plans."""
 
-from typing import Any
+from functools import partial
 
 from mixfleet_engine.scheduler import Scheduler
 from mixfleet_engine.step import NO_TOKEN, SampledToken, StepPlan
+from support import schedulers
 from support.engine_requests import make_request
 
-
-def make_scheduler(**changes: Any) -> Scheduler:
-    sizes: dict[str, Any] = {
-        "num_blocks": 16,
-        "block_size": 4,
-        "max_batch_size": 4,
-        "max_step_tokens": 32,
-        "context_length": 64,
-        "vocab_size": 100,
-    }
-    return Scheduler(**{**sizes, **changes})
+make_scheduler = partial(schedulers.make_scheduler, max_step_tokens=32, prefix_cache=True)
 
 
 def step(scheduler: Scheduler, *, token_id: int = 50) -> StepPlan:

@@ -38,8 +38,7 @@ def attend(
         keys: The layer's cache ``[num_blocks, block_size, G, A]``, the step's own tokens in it; in
             the dtype of ``q`` or float8_e4m3fn.
         values: The same.
-        chunks: Where the sequences stand. Rows of no chunk get zeros; in a step of decodes alone
-            nothing is written to them.
+        chunks: Where the sequences stand. Nothing is written to rows of no chunk.
         split: Tokens of a split; another number gives other last bits.
     """
     assert q.is_contiguous()
@@ -47,7 +46,7 @@ def attend(
     assert values.is_contiguous()
     assert chunks.block_tables.stride(1) == 1
     assert q.shape[1] // keys.shape[2] <= BLOCK_M
-    mixed = torch.zeros_like(q) if chunks.max_rows > 1 else torch.empty_like(q)
+    mixed = torch.empty_like(q)
     num_chunks = len(chunks.num_rows)
     if chunks.num_decodes:
         decode(q, keys, values, chunks, mixed, split)

@@ -1,18 +1,19 @@
 """The CUDA back-end: a layer is a dozen launches of Triton kernels."""
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, cast
 
 import torch
 
 from mixfleet_engine.errors import ConfigError
 from mixfleet_engine.layer_weights import AttentionWeights, MoeWeights, OutputWeights
 from mixfleet_engine.ops.cuda.attention import check_head_dim
-from mixfleet_engine.ops.cuda.blocks import CudaAttention, CudaMoe, CudaOutput, Handover
+from mixfleet_engine.ops.cuda.blocks import CudaAttention, CudaMoe, CudaOutput, run_layers
 from mixfleet_engine.ops.cuda.chunks import ChunkPlacer
 from mixfleet_engine.ops.cuda.dialect import INTERPRETED
 from mixfleet_engine.ops.cuda.products import Products
 from mixfleet_engine.ops.cuda.tuning import Tuner
-from mixfleet_engine.ops.door import AttentionBlock, MoeBlock, OutputBlock
+from mixfleet_engine.ops.door import AttentionBlock, Layer, MoeBlock, OutputBlock, RunLayers
 from mixfleet_engine.rotary import RotaryTable
 
 NAME: Final = "cuda"
@@ -49,9 +50,6 @@ class CudaBackend:
             batch_invariant=batch_invariant,
         )
         self._placer = ChunkPlacer()
-        self._handover = Handover()
-        self._before: CudaMoe | None = None
-        """The experts of the layer before, if what follows them is attention."""
 
     @property
     def name(self) -> str:
@@ -60,18 +58,20 @@ class CudaBackend:
 
     def attention(self, weights: AttentionWeights, rotary: RotaryTable) -> AttentionBlock:
         """See :class:`~mixfleet_engine.ops.door.Backend`."""
-        if self._before is not None:
-            self._before.handover = self._handover
-        return CudaAttention(weights, rotary, self.products, self._placer, self._handover)
+        return CudaAttention(weights, rotary, self.products, self._placer)
 
     def moe(self, weights: MoeWeights) -> MoeBlock:
         """See :class:`~mixfleet_engine.ops.door.Backend`."""
-        self._before = CudaMoe(weights, self.products)
-        return self._before
+        return CudaMoe(weights, self.products)
+
+    def layers(self, layers: Sequence[Layer]) -> RunLayers:
+        """See :class:`~mixfleet_engine.ops.door.Backend`."""
+        return run_layers(
+            [(cast("CudaAttention", one.attention), cast("CudaMoe", one.moe)) for one in layers]
+        )
 
     def output(self, weights: OutputWeights) -> OutputBlock:
         """See :class:`~mixfleet_engine.ops.door.Backend`."""
-        self._before = None
         return CudaOutput(weights, self.products)
 
 

@@ -5,6 +5,7 @@ Nothing here looks at a number on the device, so all of it can be recorded in a 
 Shape letters: see ``ops/door.py``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +19,12 @@ from mixfleet_engine.ops.cuda.align import align
 from mixfleet_engine.ops.cuda.attention import attend
 from mixfleet_engine.ops.cuda.chunks import ChunkPlacer
 from mixfleet_engine.ops.cuda.combine import combine, combine_into
-from mixfleet_engine.ops.cuda.gemm import Rows
 from mixfleet_engine.ops.cuda.norm import norm_and_route, rms_norm
 from mixfleet_engine.ops.cuda.packed import packed
-from mixfleet_engine.ops.cuda.products import Products, num_rows_of
-from mixfleet_engine.ops.cuda.quant import quantise_rows
+from mixfleet_engine.ops.cuda.products import Products
+from mixfleet_engine.ops.cuda.quant import Rows, quantise_rows, values_of
 from mixfleet_engine.ops.cuda.rope_cache import rope_and_cache
+from mixfleet_engine.ops.door import RunLayers
 from mixfleet_engine.rotary import RotaryTable
 
 
@@ -36,36 +37,9 @@ class Mixture:
     shares: Tensor
     """``[T, K]`` fp32."""
 
-
-class Handover:
-    """What the experts of a layer leave to the next layer's norm, which passes over the sum anyway.
-
-    It belongs to a running sum until somebody takes it, and one that nobody took is added then.
-    """
-
-    def __init__(self) -> None:
-        self._left: tuple[Tensor, Mixture] | None = None
-
-    def leave(self, x: Tensor, mixture: Mixture) -> None:
-        """Leave what is still to be added to ``x``."""
-        self.settle()
-        self._left = x, mixture
-
-    def take(self, x: Tensor) -> Mixture | None:
-        """Return what the caller must add to ``x`` before all else."""
-        if self._left is None or self._left[0] is not x:
-            self.settle()
-            return None
-        mixture = self._left[1]
-        self._left = None
-        return mixture
-
-    def settle(self) -> None:
-        """Add what was left."""
-        if self._left is not None:
-            x, mixture = self._left
-            self._left = None
-            combine_into(x, mixture.outputs, mixture.shares)
+    def add_to(self, x: Tensor) -> None:
+        """Add the weighted sums to ``x`` in place."""
+        combine_into(x, self.outputs, self.shares)
 
 
 def _normed(
@@ -93,9 +67,7 @@ class CudaAttention:
         rotary: RotaryTable,
         products: Products,
         placer: ChunkPlacer,
-        handover: Handover,
     ) -> None:
-        self._handover = handover
         self._layer = weights.layer
         self._norm = weights.norm
         self._norm_eps = weights.norm_eps
@@ -109,15 +81,17 @@ class CudaAttention:
         """See :class:`~mixfleet_engine.ops.door.AttentionBlock`."""
         return self._products.dense(self._mixed(x, batch, cache), self._wo)
 
-    def add_to(self, x: Tensor, batch: Batch, cache: KvCache) -> None:
-        """See :class:`~mixfleet_engine.ops.door.AttentionBlock`."""
-        self._products.dense(self._mixed(x, batch, cache), self._wo, add_to=x)
+    def add_to(self, x: Tensor, batch: Batch, cache: KvCache, left: Mixture | None = None) -> None:
+        """See :class:`~mixfleet_engine.ops.door.AttentionBlock`.
 
-    def _mixed(self, x: Tensor, batch: Batch, cache: KvCache) -> Rows:
+        ``left`` by the experts before is added to ``x`` first.
+        """
+        self._products.dense(self._mixed(x, batch, cache, left), self._wo, add_to=x)
+
+    def _mixed(self, x: Tensor, batch: Batch, cache: KvCache, left: Mixture | None = None) -> Rows:
         """Return what goes into the last product, ``[T, H * A]``."""
         products = self._products
         in_fp8 = products.wants_fp8(self._wqkv, len(x))
-        left = self._handover.take(x)
         normed = _normed(x, self._norm, self._norm_eps, products, in_fp8=in_fp8, left=left)
         qkv = products.dense(normed, self._wqkv)
         keys, values = cache.layer(self._layer)
@@ -130,9 +104,6 @@ class CudaAttention:
 
 class CudaMoe:
     """The experts' half of a layer; implements ``MoeBlock``."""
-
-    handover: Handover | None = None
-    """Where its result is left for the next layer; None: it adds it itself."""
 
     def __init__(self, weights: MoeWeights, products: Products) -> None:
         self._norm = weights.norm
@@ -149,18 +120,15 @@ class CudaMoe:
 
     def __call__(self, x: Tensor) -> Tensor:
         """See :class:`~mixfleet_engine.ops.door.MoeBlock`."""
-        mixture = self._mixture(x)
+        mixture = self.mixture(x)
         return combine(mixture.outputs, mixture.shares)
 
     def add_to(self, x: Tensor) -> None:
         """See :class:`~mixfleet_engine.ops.door.MoeBlock`."""
-        mixture = self._mixture(x)
-        if self.handover is None:
-            combine_into(x, mixture.outputs, mixture.shares)
-        else:
-            self.handover.leave(x, mixture)
+        self.mixture(x).add_to(x)
 
-    def _mixture(self, x: Tensor) -> Mixture:
+    def mixture(self, x: Tensor) -> Mixture:
+        """Return what is to be added to ``x``, for whoever passes over ``x`` next."""
         normed, shares, chosen = norm_and_route(
             x,
             self._norm,
@@ -183,10 +151,11 @@ class CudaMoe:
         if isinstance(normed, Tensor) and products.is_few(len(normed)):
             h = gemv.experts_up(normed, self._w13, chosen, dtype=products.dtype)
             return gemv.experts_down(h, self._w2, chosen, dtype=products.dtype)
-        block_t = products.block_t(num_rows_of(normed) * self._top_k, self._w13)
+        num_tokens = len(values_of(normed))
+        block_t = products.block_t(num_tokens * self._top_k, self._w13)
         alignment = align(chosen, self._w13.num_matrices, block_t)
         h = products.experts_up(normed, self._w13, alignment)
-        return products.experts_down(self._down_rows(h, num_rows_of(normed)), self._w2, alignment)
+        return products.experts_down(self._down_rows(h, num_tokens), self._w2, alignment)
 
     def _down_rows(self, h: Tensor, num_tokens: int) -> Rows:
         return quantise_rows(h) if self._products.wants_fp8(self._w2, num_tokens) else h
@@ -206,3 +175,17 @@ class CudaOutput:
         in_fp8 = self._products.wants_fp8(self._matrix, len(x))
         rows = _normed(x.contiguous(), self._norm, self._norm_eps, self._products, in_fp8=in_fp8)
         return self._products.dense(rows, self._matrix, dtype=torch.float32)
+
+
+def run_layers(layers: Sequence[tuple[CudaAttention, CudaMoe]]) -> RunLayers:
+    """Return what runs layers; each one's norm adds what the experts before have left."""
+
+    def run(x: Tensor, batch: Batch, cache: KvCache) -> None:
+        left: Mixture | None = None
+        for attention, moe in layers:
+            attention.add_to(x, batch, cache, left)
+            left = moe.mixture(x)
+        if left is not None:
+            left.add_to(x)
+
+    return run

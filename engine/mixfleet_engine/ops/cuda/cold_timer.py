@@ -24,7 +24,7 @@ class ColdTimer:
     def __init__(self, device: torch.device) -> None:
         self._device: Final = device
 
-    def __call__(self, launch: Callable[[], None]) -> float:
+    def __call__(self, launch: Callable[[], object]) -> float:
         """Return the median of the seconds between the events around some launches."""
         for _ in range(WARM_UPS):
             launch()

@@ -28,11 +28,8 @@ from mixfleet_engine.ops.cuda.alignment import Alignment
 from mixfleet_engine.ops.cuda.dialect import rounded
 from mixfleet_engine.ops.cuda.matrix_step import multiplied, operand, silu, summed
 from mixfleet_engine.ops.cuda.packed import WORDS, PackedWeight
-from mixfleet_engine.ops.cuda.quant import QuantisedRows
+from mixfleet_engine.ops.cuda.quant import QuantisedRows, Rows, values_of
 from mixfleet_engine.ops.cuda.tiles import LEAST_ROWS, STEP, Tiles
-
-Rows = Tensor | QuantisedRows
-"""Rows ``[T, K]`` of tokens; fp8 ones with their scales only for fp8 weights."""
 
 
 def dense(
@@ -46,13 +43,13 @@ def dense(
     """Return ``x @ weight.T`` ``[T, N]`` of the only matrix in ``weight``.
 
     Args:
-        x: ``[T, K]``.
+        x: ``[T, K]``; in fp8 only for fp8 weights.
         weight: One matrix.
         tiles: How to cut.
         dtype: Of the result.
         add_to: ``[T, N]`` fp32: the product is added to it, and it is returned.
     """
-    values = x.values if isinstance(x, QuantisedRows) else x
+    values = values_of(x)
     out = add_to
     if out is None:
         out = torch.empty(len(values), weight.n, dtype=dtype, device=values.device)
@@ -63,7 +60,7 @@ def dense(
 
 def dense_up(x: Rows, weight: PackedWeight, tiles: Tiles, *, dtype: torch.dtype) -> Tensor:
     """Return ``silu(gate) * up`` ``[T, F]`` of the only matrix ``[2F, K]``: gate above up."""
-    values = x.values if isinstance(x, QuantisedRows) else x
+    values = values_of(x)
     out = torch.empty(len(values), weight.n // 2, dtype=dtype, device=values.device)
     num_tiles = triton.cdiv(len(values), tiles.block_t)
     _launch(x, weight, None, out, tiles, num_tiles=num_tiles, swiglu=True)
@@ -82,7 +79,7 @@ def experts_up(
         tiles: How to cut.
         dtype: Of the result.
     """
-    values = x.values if isinstance(x, QuantisedRows) else x
+    values = values_of(x)
     out = torch.empty(alignment.num_pairs, weight.n // 2, dtype=dtype, device=values.device)
     num_tiles = len(alignment.tile_experts)
     _launch(x, weight, alignment, out, tiles, num_tiles=num_tiles, swiglu=True, gather=True)
@@ -101,7 +98,7 @@ def experts_down(
         tiles: How to cut.
         dtype: Of the result.
     """
-    values = h.values if isinstance(h, QuantisedRows) else h
+    values = values_of(h)
     out = torch.empty(alignment.num_pairs, weight.n, dtype=dtype, device=values.device)
     num_tiles = len(alignment.tile_experts)
     _launch(h, weight, alignment, out, tiles, num_tiles=num_tiles)

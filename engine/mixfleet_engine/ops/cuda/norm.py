@@ -97,23 +97,22 @@ def norm_and_route(
     *,
     dtype: torch.dtype,
     quantise: bool = False,
-    add: Tensor | None = None,
 ) -> tuple[Tensor | QuantisedRows, Tensor, Tensor]:
     """Return what `rms_norm` does, and shares and numbers of the chosen experts.
 
     The router sees the normed row rounded to ``dtype``, quantised or not, as `route` would.
 
     Args:
-        x: ``[T, D]`` fp32; changed in place where something is added.
+        x: ``[T, D]`` fp32.
         weight: ``[D]``, any floating dtype.
         eps: Added to the mean square.
         gate: ``[E, D]`` fp32.
         top_k: K.
         dtype: Of the normed rows, where they are not quantised.
         quantise: Whether to return them in fp8, each row with its scale.
-        add: ``[T, D]``, any floating dtype: added to ``x`` first.
     """
-    _checked_top_k(x, add, None)
+    assert x.dtype == torch.float32
+    assert x.is_contiguous()
     found = empty_choices(len(x), gate, top_k)
     normed = _empty(x, dtype, quantise=quantise)
     _launch(
@@ -122,7 +121,6 @@ def norm_and_route(
         eps,
         normed,
         dtype=dtype,
-        add=add,
         routing=(gate, *found),
         sizes=gate_sizes(gate, top_k),
     )

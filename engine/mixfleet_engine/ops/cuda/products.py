@@ -10,9 +10,8 @@ from torch import Tensor
 
 from mixfleet_engine.ops.cuda import gemm, gemv
 from mixfleet_engine.ops.cuda.alignment import Alignment
-from mixfleet_engine.ops.cuda.gemm import Rows
 from mixfleet_engine.ops.cuda.packed import PackedWeight
-from mixfleet_engine.ops.cuda.quant import QuantisedRows
+from mixfleet_engine.ops.cuda.quant import Rows, values_of
 from mixfleet_engine.ops.cuda.tiles import Tiles, candidates, rows_per_tile
 from mixfleet_engine.ops.cuda.tuning import Tuner, TuningKey, tokens_bucket
 
@@ -54,25 +53,27 @@ class Products:
         if isinstance(x, Tensor) and self.is_few(len(x)):
             return gemv.dense(x, weight, dtype=dtype, add_to=add_to)
 
-        def launch(tiles: Tiles) -> None:
-            scratch = None if add_to is None else torch.empty_like(add_to)
-            gemm.dense(x, weight, tiles, dtype=dtype, add_to=scratch)
+        def run(tiles: Tiles, target: Tensor | None = add_to) -> Tensor:
+            return gemm.dense(x, weight, tiles, dtype=dtype, add_to=target)
 
-        block_t = rows_per_tile(num_rows_of(x), weight.form)
-        tiles = self._tiles("dense", weight, block_t, num_rows_of(x), launch)
-        return gemm.dense(x, weight, tiles, dtype=dtype, add_to=add_to)
+        def trial(tiles: Tiles) -> None:
+            run(tiles, None if add_to is None else torch.empty_like(add_to))
+
+        num_rows = len(values_of(x))
+        block_t = rows_per_tile(num_rows, weight.form)
+        return run(self._tiles("dense", weight, block_t, num_rows, trial))
 
     def dense_up(self, x: Rows, weight: PackedWeight) -> Tensor:
         """Return ``silu(gate) * up`` of the only matrix; see `gemm.dense_up`."""
         if isinstance(x, Tensor) and self.is_few(len(x)):
             return gemv.dense_up(x, weight, dtype=self.dtype)
 
-        def launch(tiles: Tiles) -> None:
-            gemm.dense_up(x, weight, tiles, dtype=self.dtype)
+        def run(tiles: Tiles) -> Tensor:
+            return gemm.dense_up(x, weight, tiles, dtype=self.dtype)
 
-        block_t = rows_per_tile(num_rows_of(x), weight.form)
-        tiles = self._tiles("dense_up", weight, block_t, num_rows_of(x), launch, swiglu=True)
-        return gemm.dense_up(x, weight, tiles, dtype=self.dtype)
+        num_rows = len(values_of(x))
+        block_t = rows_per_tile(num_rows, weight.form)
+        return run(self._tiles("dense_up", weight, block_t, num_rows, run, swiglu=True))
 
     def block_t(self, num_pairs: int, weight: PackedWeight) -> int:
         """Return the tile for so many pairs of token and expert."""
@@ -81,21 +82,20 @@ class Products:
     def experts_up(self, x: Rows, weight: PackedWeight, alignment: Alignment) -> Tensor:
         """Return ``silu(gate) * up`` of each pair; see `gemm.experts_up`."""
 
-        def launch(tiles: Tiles) -> None:
-            gemm.experts_up(x, weight, alignment, tiles, dtype=self.dtype)
+        def run(tiles: Tiles) -> Tensor:
+            return gemm.experts_up(x, weight, alignment, tiles, dtype=self.dtype)
 
-        rows, block_t = num_rows_of(x), alignment.block_t
-        tiles = self._tiles("experts_up", weight, block_t, rows, launch, swiglu=True)
-        return gemm.experts_up(x, weight, alignment, tiles, dtype=self.dtype)
+        num_rows, block_t = len(values_of(x)), alignment.block_t
+        return run(self._tiles("experts_up", weight, block_t, num_rows, run, swiglu=True))
 
     def experts_down(self, h: Rows, weight: PackedWeight, alignment: Alignment) -> Tensor:
         """Return each pair's product with its expert's matrix; see `gemm.experts_down`."""
 
-        def launch(tiles: Tiles) -> None:
-            gemm.experts_down(h, weight, alignment, tiles, dtype=self.dtype)
+        def run(tiles: Tiles) -> Tensor:
+            return gemm.experts_down(h, weight, alignment, tiles, dtype=self.dtype)
 
-        tiles = self._tiles("experts_down", weight, alignment.block_t, num_rows_of(h), launch)
-        return gemm.experts_down(h, weight, alignment, tiles, dtype=self.dtype)
+        num_rows = len(values_of(h))
+        return run(self._tiles("experts_down", weight, alignment.block_t, num_rows, run))
 
     def _tiles(
         self,
@@ -103,11 +103,10 @@ class Products:
         weight: PackedWeight,
         block_t: int,
         num_rows: int,
-        launch: Callable[[Tiles], None],
+        trial: Callable[[Tiles], object],
         *,
         swiglu: bool = False,
     ) -> Tiles:
-        found = candidates(weight.form, block_t, swiglu=swiglu, shared_bytes=self.shared_bytes)
         key = TuningKey(
             kernel=f"{kernel} block_t={block_t}",
             form=weight.form,
@@ -116,9 +115,6 @@ class Products:
             tokens=tokens_bucket(num_rows),
             dtype=str(self.dtype).removeprefix("torch."),
         )
-        return self.tuner.choose(key, found, launch)
-
-
-def num_rows_of(x: Rows) -> int:
-    """Return how many rows these are."""
-    return len(x.values if isinstance(x, QuantisedRows) else x)
+        # Kept: every product of every layer asks.
+        found = candidates(weight.form, block_t, swiglu=swiglu, shared_bytes=self.shared_bytes)
+        return self.tuner.choose(key, found, trial)

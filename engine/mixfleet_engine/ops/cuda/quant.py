@@ -31,6 +31,15 @@ class QuantisedRows(NamedTuple):
     """``[P]`` fp32."""
 
 
+Rows = Tensor | QuantisedRows
+"""Rows of tokens, plain or in fp8."""
+
+
+def values_of(rows: Rows) -> Tensor:
+    """Return the numbers of rows, their scales left out."""
+    return rows.values if isinstance(rows, QuantisedRows) else rows
+
+
 def empty_rows(num_rows: int, width: int, device: torch.device) -> QuantisedRows:
     """Return room for quantised rows."""
     return QuantisedRows(

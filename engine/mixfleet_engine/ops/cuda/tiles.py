@@ -7,6 +7,7 @@ Shape letters: N output width, T rows of tokens.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Final
 
 import triton
@@ -95,6 +96,7 @@ def stage_bytes(form: Form, tiles: Tiles, *, swiglu: bool) -> int:
     return step * tiles.unroll
 
 
+@cache
 def candidates(form: Form, block_t: int, *, swiglu: bool, shared_bytes: int) -> tuple[Tiles, ...]:
     """Return the ways to try, the default first; arguments as for `default_tiles`."""
     first = default_tiles(form, block_t, swiglu=swiglu, shared_bytes=shared_bytes)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Candidate = TypeVar("Candidate", bound="DataclassInstance")
-Measure = Callable[[Callable[[], None]], float]
+Measure = Callable[[Callable[[], object]], float]
 """Returns the seconds that a launch takes; the first one of a kernel may compile it."""
 BUDGET_S: Final = 120.0
 CANNOT_RUN: Final = (TritonError, RuntimeError)
@@ -97,7 +97,7 @@ class Tuner:
         return cls(file, ColdTimer(device), enabled=enabled, budget_s=budget_s)
 
     def choose(
-        self, key: TuningKey, candidates: Sequence[Candidate], launch: Callable[[Candidate], None]
+        self, key: TuningKey, candidates: Sequence[Candidate], launch: Callable[[Candidate], object]
     ) -> Candidate:
         """Return the fastest candidate for ``key``, the same one whenever it is asked again.
 
@@ -129,7 +129,7 @@ class Tuner:
         return next((found for found in candidates if asdict(found) == fields), None)
 
     def _tune(
-        self, key: TuningKey, candidates: Sequence[Candidate], launch: Callable[[Candidate], None]
+        self, key: TuningKey, candidates: Sequence[Candidate], launch: Callable[[Candidate], object]
     ) -> Candidate:
         """Return the fastest candidate; it goes to the file if the budget sufficed for all."""
         times: list[tuple[float, Candidate]] = []
@@ -160,7 +160,7 @@ class Tuner:
         return chosen
 
     def _time(
-        self, key: TuningKey, candidate: Candidate, launch: Callable[[Candidate], None]
+        self, key: TuningKey, candidate: Candidate, launch: Callable[[Candidate], object]
     ) -> float | None:
         """Return the seconds of a launch; None: the candidate cannot run."""
         try:
@@ -172,4 +172,4 @@ class Tuner:
     def _say_once(self, text: str, key: TuningKey) -> None:
         if text not in self._said:
             self._said.add(text)
-            logger.warning(text, key)
+            logger.info(text, key)

@@ -1,9 +1,17 @@
 """The native CPU back-end: half a layer in one call of the compiled library."""
 
+from collections.abc import Sequence
 from typing import Final
 
 from mixfleet_engine.layer_weights import AttentionWeights, MoeWeights, OutputWeights
-from mixfleet_engine.ops.door import AttentionBlock, MoeBlock, OutputBlock
+from mixfleet_engine.ops.door import (
+    AttentionBlock,
+    Layer,
+    MoeBlock,
+    OutputBlock,
+    RunLayers,
+    in_turn,
+)
 from mixfleet_engine.ops.native.attention import AttentionWorkspace, NativeAttention
 from mixfleet_engine.ops.native.library import NativeLibrary
 from mixfleet_engine.ops.native.moe import NativeMoe
@@ -43,6 +51,10 @@ class NativeBackend:
     def moe(self, weights: MoeWeights) -> MoeBlock:
         """See :class:`~mixfleet_engine.ops.door.Backend`."""
         return NativeMoe(weights, self._library, self._threads, self._workspace.scratch)
+
+    def layers(self, layers: Sequence[Layer]) -> RunLayers:
+        """See :class:`~mixfleet_engine.ops.door.Backend`."""
+        return in_turn(layers)
 
     def output(self, weights: OutputWeights) -> OutputBlock:
         """See :class:`~mixfleet_engine.ops.door.Backend`."""
