@@ -148,6 +148,7 @@ def test_where_no_candidate_runs_the_default_shows_why(
 def test_when_the_time_is_used_up_defaults_are_taken_and_it_is_said_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     bench = Bench()
     tuner = bench.tuner(tmp_path, budget_s=6.0)
     assert tuner.choose(KEY, CANDIDATES, bench.launch) == CANDIDATES[1]
@@ -169,6 +170,7 @@ def test_a_choice_that_the_budget_cut_short_holds_for_this_process_alone(tmp_pat
 
 
 def test_nothing_is_tuned_in_a_graph_and_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     bench = Bench(in_graph=True)
     tuner = bench.tuner()
     for key in (KEY, OTHER, KEY):

@@ -90,8 +90,8 @@ def gateway(parent_pid: int | None, settings: Settings) -> None:
 def _leave_code_alone() -> None:
     """Take what is loaded by now out of the search for garbage, and search less often.
 
-    Modules, routes and schemas are most of all objects and stay for ever; to go through them
-    while streams begin took a third of the time and stopped all streams for up to 0.2 s.
+    Modules, routes and schemas are most of all objects and stay for ever. To go through them while
+    hundreds of streams begin costs much of the processor, and stops all streams meanwhile.
     """
     gc.collect()
     gc.freeze()

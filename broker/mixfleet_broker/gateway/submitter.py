@@ -1,7 +1,7 @@
 """Jobs on their way into the queues: those that come while others are under way go together.
 
-One job costs several switches between threads and a round trip, a third of what a stream costs to
-begin. Where hundreds begin in a second they share it. A job that comes alone goes at once.
+One job costs several switches between threads and a round trip, a good part of what a stream costs
+to begin. Where hundreds begin in a second they share it. A job that comes alone goes at once.
 """
 
 import asyncio
