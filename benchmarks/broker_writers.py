@@ -15,8 +15,9 @@ from benchmarks.broker_jobs import WORKER, bench_queue, chunk
 from benchmarks.broker_processes import Ready
 from mixfleet_broker.connection import connect
 from mixfleet_broker.event_codec import encode_chunk
-from mixfleet_broker.flush import Flush, WriteOutcome
+from mixfleet_broker.flush import Flush
 from mixfleet_broker.records import Lease
+from mixfleet_broker.write_outcome import WriteOutcome
 
 Medium = Literal["streams", "pubsub", "snapshots"]
 """Where text is put for its readers: our streams; Redis's publish and subscribe, which keeps

@@ -29,7 +29,7 @@ from benchmarks.chaos_faults import Trouble
 from mixfleet_broker.keys import CANCELED, CHANNEL, JOB
 from mixfleet_broker.queue import JobQueue
 from support.invariants import Expected, violations
-from support.redis_server import EVERYSEC, RedisServer
+from support.redis_server import UNSYNCED, RedisServer
 
 MODEL = "simulated"
 SETTLE_S = 240.0
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> tuple[Result, Counter[str], list[str]]
     source = random.Random(arguments.seed)
     with (
         tempfile.TemporaryDirectory(prefix="mixfleet-chaos-") as folder,
-        RedisServer(*EVERYSEC) as server,
+        RedisServer(*UNSYNCED) as server,
         Trouble(server, Path(folder), num_workers=arguments.workers, source=source) as trouble,
     ):
         crowd = Crowd(server.url, MODEL, num_clients=arguments.clients, seed=arguments.seed)

@@ -3,7 +3,8 @@
 An event's id is ``<run>-<tokens so far>``. Redis refuses an id that is not above all others, so
 neither a worker that has lost the job nor a retry can say anything twice; and it is the number
 from which a reader goes on. Whoever takes a job from a worker says so in the channel, under a new
-run number: from that event on the worker is fenced.
+run number: from that event on the worker is fenced. Chunks are written by
+:class:`mixfleet_broker.flush.Flush`, each only where it follows what the channel has.
 """
 
 import re
@@ -12,11 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from redis import Redis
-from redis.client import Pipeline
 from redis.exceptions import ResponseError
 
 from mixfleet_broker.errors import MessageError
-from mixfleet_broker.event_codec import TOKENS, decode_event, encode_chunk
+from mixfleet_broker.event_codec import decode_event
 from mixfleet_broker.keys import (
     CHANNEL,
 )
@@ -28,7 +28,6 @@ from mixfleet_broker.messages import (
 from mixfleet_broker.names import (
     check_job_id,
 )
-from mixfleet_broker.records import Lease
 from mixfleet_broker.redis_errors import redis_errors
 
 FIRST: Final = "0-0"
@@ -37,26 +36,6 @@ MAX_EVENTS_PER_READ: Final = 512
 
 _BELL_TTL_S: Final = 3600
 _EVENT_ID: Final = re.compile(r"(\d{1,15})-(\d{1,15})")
-
-
-def append_chunk(redis: Redis | Pipeline, lease: Lease, chunk: TokenChunk, prefix: str = "") -> Any:
-    """Append the next piece of an answer; on a pipeline the command only waits there.
-
-    Returns:
-        The reply: the event's id; None when the job has no channel any more, so it is lost. An
-        error "equal or smaller" is **not** always a loss: after a reconnect it may be this very
-        chunk that had arrived before. ``JobQueue.renew`` tells the two apart.
-    """
-    if not chunk.token_ids:
-        raise MessageError("chunk: without tokens it can only be the last, with the job's end")
-    fields: dict[Any, Any] = {"k": TOKENS, "d": encode_chunk(chunk)}
-    key = CHANNEL(lease.job_id, prefix=prefix)
-    return redis.xadd(key, fields, id=chunk_id(lease, chunk), nomkstream=True)
-
-
-def chunk_id(lease: Lease, chunk: TokenChunk) -> str:
-    """Return the id of the event that carries ``chunk``."""
-    return f"{lease.run}-{chunk.num_tokens}"
 
 
 def read_events(

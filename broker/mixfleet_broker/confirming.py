@@ -1,8 +1,9 @@
 """How much must have happened to a job before its submit returns.
 
-A reply of Redis says that the job is in its memory and was given to the operating system's file of
-the append-only log. What a power cut or a failover may still take is the last second. Who cannot
-bear that waits for the disk (Redis 7.2: WAITAOF) or for a replica (WAIT).
+A reply of Redis says that the job is in its memory and, unless the disk is busy, in the operating
+system's file of the append-only log. What a crash on a busy disk, a power cut or a failover may
+still take is the last seconds. Who cannot bear that waits for the disk (Redis 7.2: WAITAOF) or for
+a replica (WAIT).
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
-"""The arguments and the reply of the script that ends a job from inside."""
+"""The arguments of the script that ends a job from inside."""
 
-from mixfleet_broker.errors import BrokerError, MessageError
+from mixfleet_broker.errors import MessageError
 from mixfleet_broker.event_codec import encode_chunk, encode_end, with_bounded_message
 from mixfleet_broker.lua import Argument
 from mixfleet_broker.messages import (
@@ -38,14 +38,3 @@ def finish_args(
         0 if usage is None else usage.prompt_tokens,
         0 if usage is None else usage.completion_tokens,
     )
-
-
-def finish_outcome(reply: object) -> bool:
-    """Return whether a reply to ``finish_on`` says that the job is ended, see ``finish``.
-
-    Raises:
-        BrokerError: The reply is none of the script's.
-    """
-    if not isinstance(reply, int):
-        raise BrokerError(f"finish: unexpected reply {reply!r:.200}")
-    return reply == 1

@@ -1,65 +1,44 @@
 """All that a worker's step has to say, for all its jobs, in one round trip."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, Final
 
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoScriptError
 
-from mixfleet_broker.channel import append_chunk, chunk_id
-from mixfleet_broker.errors import MessageError
+from mixfleet_broker.errors import BrokerError, MessageError
 from mixfleet_broker.event_codec import encode_chunk
-from mixfleet_broker.finishing import finish_outcome
+from mixfleet_broker.finishing import finish_args
 from mixfleet_broker.keys import CONTROL
+from mixfleet_broker.lua import Argument, ScriptName
 from mixfleet_broker.messages import (
     JobEnd,
     TokenChunk,
 )
 from mixfleet_broker.queue import JobQueue
 from mixfleet_broker.records import Lease
-from mixfleet_broker.redis_errors import is_out_of_memory, raise_ours, redis_errors
+from mixfleet_broker.redis_errors import raise_ours, redis_errors
+from mixfleet_broker.write_outcome import Behind, WriteOutcome, write_outcome
 
 MAX_WORDS: Final = 256
 """Words fetched at a time."""
-
-
-class WriteOutcome(StrEnum):
-    """What became of one write."""
-
-    DONE = "done"
-    """It is in Redis; an end also when an earlier flush had brought it there."""
-    REFUSED = "refused"
-    """The channel is already at or past this chunk. Either the chunk had arrived before and only
-    the reply was lost, or another run has the job: ``JobQueue.renew`` tells. A job that renew
-    does not call lost has its chunk."""
-    LOST = "lost"
-    """The job is not the worker's any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlushResult:
     """The outcome of each write, in the order in which they were given."""
 
-    outcomes: tuple[WriteOutcome, ...]
+    outcomes: tuple[WriteOutcome | Behind, ...]
     num_queued: int
     """Jobs that wait in the queue now."""
     words: tuple[str, ...] = ()
     """What somebody had to tell the worker, see the key ``control``."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Write:
-    lease: Lease
-    chunk: TokenChunk | None
-    end: JobEnd | None
-
-
 class Flush:
     """A set of writes, at most one of each job, sent together.
 
-    After an error send the same flush again: what had arrived is not written twice. Nothing
-    later may be sent for its jobs before that, or their channels would miss tokens.
+    After an error send the same flush again: what had arrived is not written twice.
 
     Args:
         queue: The queue whose jobs are written.
@@ -69,110 +48,86 @@ class Flush:
     def __init__(self, queue: JobQueue, worker_id: str | None = None) -> None:
         self._queue = queue
         self._worker_id = worker_id
-        self._writes: dict[str, _Write] = {}
+        self._job_ids: list[str] = []
+        self._pieces: dict[str, tuple[Argument, ...]] = {}
+        self._ends: dict[str, tuple[Argument, ...]] = {}
 
     def __len__(self) -> int:
-        return len(self._writes)
+        return len(self._job_ids)
 
     def append(self, lease: Lease, chunk: TokenChunk) -> None:
-        """Add the next piece of an answer; it holds at least one token."""
-        self._add(_Write(lease, chunk, None))
+        """Add the next piece of an answer.
+
+        Raises:
+            MessageError: It holds no token, so it has no place of its own in the channel.
+        """
+        if not chunk.token_ids:
+            raise MessageError("chunk: without tokens it can only be the last, with the job's end")
+        self._take_up(lease)
+        num_before = chunk.num_tokens - len(chunk.token_ids)
+        piece = (lease.job_id, lease.run, num_before, chunk.num_tokens, encode_chunk(chunk))
+        self._pieces[lease.job_id] = piece
 
     def finish(self, lease: Lease, end: JobEnd, chunk: TokenChunk | None = None) -> None:
         """Add the end of a job with the last piece of its answer, see ``JobQueue.finish``."""
-        self._add(_Write(lease, chunk, end))
+        self._take_up(lease)
+        self._ends[lease.job_id] = finish_args(lease, end, chunk, self._queue.rules)
 
     def send(self) -> FlushResult:
         """Send all writes.
 
         Raises:
             BrokerUnavailableError: No Redis answers; some writes may have arrived.
-            BrokerFullError: Redis is out of memory and too old to let chunks over its limit.
+            BrokerFullError: Redis is out of memory and too old to let writes over its limit.
             BrokerError: Redis refuses for another reason.
         """
-        with redis_errors(), self._queue.redis.pipeline(transaction=False) as pipeline:
-            for write in self._writes.values():
-                if write.end is not None:
-                    self._queue.finish_on(pipeline, write.lease, write.end, write.chunk)
-                elif write.chunk is not None:
-                    append_chunk(pipeline, write.lease, write.chunk, self._queue.prefix)
-            self._queue.ask_depth(pipeline)
+        queue = self._queue
+        calls: list[tuple[ScriptName, tuple[Argument, ...]]] = []
+        if self._pieces:
+            calls.append(("append", tuple(arg for piece in self._pieces.values() for arg in piece)))
+        calls += [("finish", end) for end in self._ends.values()]
+        with redis_errors(), queue.redis.pipeline(transaction=False) as pipeline:
+            for name, args in calls:
+                queue.scripts.queue_on(pipeline, name, queue.model, *args)
+            queue.ask_depth(pipeline)
             if self._worker_id is not None:
-                control = CONTROL(self._worker_id, prefix=self._queue.prefix)
+                control = CONTROL(self._worker_id, prefix=queue.prefix)
                 pipeline.lpop(control, MAX_WORDS)
             replies = pipeline.execute(raise_on_error=False)
-        listed, cancelled, *rest = replies[len(self._writes) :]
-        outcomes = [
-            self._outcome(write, reply)
-            for write, reply in zip(self._writes.values(), replies, strict=False)
+        written = [
+            self._reply(name, args, reply)
+            for (name, args), reply in zip(calls, replies, strict=False)
         ]
-        for reply in (listed, cancelled, *rest):
-            if isinstance(reply, Exception):
-                raise_ours(reply)
-        words = [word.decode() for found in rest for word in found or ()]
+        listed, cancelled, *rest = (_sound(reply) for reply in replies[len(calls) :])
         return FlushResult(
-            outcomes=tuple(outcomes), num_queued=listed - cancelled, words=tuple(words)
+            outcomes=self._outcomes(written),
+            num_queued=listed - cancelled,
+            words=tuple(word.decode() for found in rest for word in found or ()),
         )
 
-    def _add(self, write: _Write) -> None:
-        job_id = write.lease.job_id
-        if job_id in self._writes:
-            raise MessageError(f"flush: a second write of job {job_id}")
-        self._writes[job_id] = write
+    def _take_up(self, lease: Lease) -> None:
+        if lease.job_id in self._pieces or lease.job_id in self._ends:
+            raise MessageError(f"flush: a second write of job {lease.job_id}")
+        self._job_ids.append(lease.job_id)
 
-    def _outcome(self, write: _Write, reply: Any) -> WriteOutcome:
-        if write.end is not None:
-            return self._finish_outcome(write, write.end, reply)
-        if isinstance(reply, Exception) and is_out_of_memory(reply):
-            reply = _reply_of(lambda: self._append_over_limit(write))
-        return append_outcome(reply)
-
-    def _finish_outcome(self, write: _Write, end: JobEnd, reply: Any) -> WriteOutcome:
+    def _reply(self, name: ScriptName, args: tuple[Argument, ...], reply: Any) -> Any:
         if isinstance(reply, NoScriptError):
-            done = self._queue.finish(write.lease, end, write.chunk)
-        elif isinstance(reply, Exception):
-            raise_ours(reply)
-        else:
-            done = finish_outcome(reply)
-        return WriteOutcome.DONE if done else WriteOutcome.LOST
+            with redis_errors():
+                return self._queue.scripts.run(name, self._queue.model, *args)
+        return _sound(reply)
 
-    def _append_over_limit(self, write: _Write) -> Any:
-        if write.chunk is None:
-            return None
-        return self._queue.scripts.run(
-            "append",
-            self._queue.model,
-            write.lease.job_id,
-            chunk_id(write.lease, write.chunk),
-            encode_chunk(write.chunk),
-        )
+    def _outcomes(self, replies: Sequence[Any]) -> tuple[WriteOutcome | Behind, ...]:
+        """Return what became of each write, in the order in which they were given."""
+        pieces = replies[0] if self._pieces else []
+        if not isinstance(pieces, list) or len(pieces) != len(self._pieces):
+            raise BrokerError(f"append: unexpected reply {pieces!r:.200}")
+        ends = replies[1:] if self._pieces else replies
+        of_job = dict(zip([*self._pieces, *self._ends], [*pieces, *ends], strict=True))
+        return tuple(write_outcome(of_job[job_id]) for job_id in self._job_ids)
 
 
-_SPOILT: Final = ("WRONGTYPE", "last possible ID")
-"""Somebody else wrote in the channel's place: this job's trouble, nobody else's. The next claim
-begins the channel anew."""
-
-
-def append_outcome(reply: object) -> WriteOutcome:
-    """Return what a reply to ``append_chunk`` says, be it a value or redis-py's error.
-
-    Raises:
-        BrokerError: Redis refused for another reason than the event's id.
-    """
-    if reply is None:
-        return WriteOutcome.LOST
-    if isinstance(reply, ResponseError) and "equal or smaller" in str(reply):
-        return WriteOutcome.REFUSED
-    if isinstance(reply, ResponseError) and any(sign in str(reply) for sign in _SPOILT):
-        return WriteOutcome.LOST
+def _sound(reply: Any) -> Any:
+    """Return a reply that is none of redis-py's errors; raise ours for one that is."""
     if isinstance(reply, Exception):
         raise_ours(reply)
-    return WriteOutcome.DONE
-
-
-def _reply_of(call: Callable[[], Any]) -> Any:
-    """Return what a call returns, or the error that Redis answers it with."""
-    try:
-        return call()
-    except ResponseError as error:
-        return error
+    return reply

@@ -20,7 +20,7 @@ from mixfleet_broker.errors import (
     WorkerLostError,
 )
 from mixfleet_broker.event_codec import encode_end, encode_run_start, with_bounded_message
-from mixfleet_broker.finishing import finish_args, finish_outcome
+from mixfleet_broker.finishing import finish_args
 from mixfleet_broker.job_codec import (
     encode_stock_job,
 )
@@ -52,6 +52,7 @@ from mixfleet_broker.standing import read_standing
 from mixfleet_broker.submitting import submit_args, submit_outcome
 from mixfleet_broker.terms import DEFAULT_TENANT, JobTerms, QueueRules
 from mixfleet_broker.waiting import wait_for_one
+from mixfleet_broker.write_outcome import WriteOutcome, write_outcome
 
 MAX_CLAIM: Final = 1024
 """Jobs in one claim."""
@@ -260,18 +261,8 @@ class JobQueue:
             the caller's any more, or its channel lacks tokens that should come before the chunk.
             Then nothing was changed.
         """
-        return finish_outcome(self._run("finish", *finish_args(lease, end, chunk, self.rules)))
-
-    def finish_on(
-        self, pipeline: Pipeline, lease: Lease, end: JobEnd, chunk: TokenChunk | None = None
-    ) -> None:
-        """Put :meth:`finish` on a pipeline; read its reply with :func:`finish_outcome`.
-
-        The reply is a ``NoScriptError`` when the server has lost its scripts; then call
-        :meth:`finish`. :class:`mixfleet_broker.flush.Flush` does all that.
-        """
-        args = finish_args(lease, end, chunk, self.rules)
-        self.scripts.queue_on(pipeline, "finish", self.model, *args)
+        reply = self._run("finish", *finish_args(lease, end, chunk, self.rules))
+        return write_outcome(reply) is WriteOutcome.DONE
 
     def release(self, leases: Sequence[Lease]) -> int:
         """Hand jobs back to their place in the queue, no blame; return how many were still ours."""

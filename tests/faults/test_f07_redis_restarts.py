@@ -1,5 +1,6 @@
 """F7: a Redis that is killed, stands still, or comes back with nothing."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from support.fault_fleet import (
     check_invariants,
     connect_client,
 )
-from support.redis_server import ALWAYS, EVERYSEC, RedisServer
+from support.redis_server import ALWAYS, EVERYSEC, UNSYNCED, RedisServer
 from support.worker_process import WorkerProcess, until
 
 pytestmark = pytest.mark.slow
@@ -25,6 +26,8 @@ BATCH = 2
 QUESTIONS = [f"question {number}" for number in range(2 * BATCH)]
 WORKER = ("--simulated", "--simulated-step-s", "0.15", "--max-batch-size", str(BATCH))
 """An answer takes three leases."""
+LONG_LEASE_S = "10"
+"""More than passes between a write that Redis loses and its return."""
 
 
 def await_despair(*workers: WorkerProcess) -> None:
@@ -34,6 +37,13 @@ def await_despair(*workers: WorkerProcess) -> None:
         return all(worker.log.count("lease gone") == BATCH for worker in workers)
 
     until(all_gave_up, "the leases are taken for lost")
+
+
+def read_on(pieces: list[Iterator[str]], num_pieces: int) -> None:
+    """Read some more of every answer."""
+    for answer in pieces:
+        for _ in range(num_pieces):
+            next(answer)
 
 
 def blame(redis: Redis, asked: Asked) -> int:
@@ -59,6 +69,7 @@ def test_a_redis_killed_and_restarted_on_its_log_loses_no_job_and_blames_none(
         asked = Asked(client, *QUESTIONS)
         for stream in asked.streams:
             next(iter(stream))
+        server.await_written()
         server.kill()
         if is_long:
             await_despair(first, second)
@@ -68,6 +79,30 @@ def test_a_redis_killed_and_restarted_on_its_log_loses_no_job_and_blames_none(
         check_invariants(redis, asked.jobs)
         # Neither the workers nor the client were started anew.
         assert (first.process.poll(), second.process.poll()) == (None, None)
+
+
+def test_a_redis_that_lost_its_last_writes_is_told_of_them_again(tmp_path: Path) -> None:
+    """Who had read on misses nothing and hears nothing twice, and who comes later neither."""
+    with (
+        RedisServer(*UNSYNCED) as server,
+        server.client() as redis,
+        connect_client(server.url) as client,
+        WorkerProcess(server.url, "w1", tmp_path, *WORKER, "--lease-s", LONG_LEASE_S) as worker,
+    ):
+        asked = Asked(client, *QUESTIONS[:BATCH])
+        pieces = [iter(stream) for stream in asked.streams]
+        read_on(pieces, 1)
+        server.keep_log()
+        read_on(pieces, 4)
+        server.kill()
+        server.lose_what_followed()
+        server.start()
+        asked.read_all()
+        late = [client.attach(stream.job_id).result().text for stream in asked.streams]
+        assert late == asked.texts
+        assert blame(redis, asked) == 0
+        check_invariants(redis, asked.jobs)
+        assert worker.log.count("redis has lost tokens") == BATCH
 
 
 def test_a_redis_that_stands_still_for_longer_than_a_lease_loses_no_job_and_blames_none(

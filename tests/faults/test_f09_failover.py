@@ -59,6 +59,35 @@ def test_a_failover_to_a_replica_that_has_everything_loses_no_job_and_no_run(
     assert {result.worker_ids for result in results} == {("w1",)}
 
 
+def test_the_tokens_that_the_replica_had_not_heard_of_are_said_again(
+    cluster: SentinelCluster, tmp_path: Path
+) -> None:
+    """Its link is cut in mid-answer; whoever had read on does not notice."""
+    with (
+        connect_client(cluster.url) as client,
+        WorkerProcess(
+            cluster.url, "w1", tmp_path, *SLOW_STEP, "--lease-s", "20", "--max-batch-size", "3"
+        ) as worker,
+    ):
+        asked = Asked(client, *QUESTIONS[:3], max_tokens=60)
+        pieces = [iter(stream) for stream in asked.streams]
+        for answer in pieces:
+            next(answer)
+        await_replica(cluster, *(CHANNEL(stream.job_id) for stream in asked.streams))
+        cluster.cut_replica_link()
+        for answer in pieces:
+            for _ in range(5):
+                next(answer)
+        cluster.await_failover(cluster.kill_primary())
+        results = asked.read_all()
+        late = [client.attach(result.job_id).result().text for result in results]
+        assert late == asked.texts
+        with connect(cluster.url) as redis:
+            check_invariants(redis, asked.jobs)
+        assert worker.log.count("redis has lost tokens") == len(results)
+    assert {result.worker_ids for result in results} == {("w1",)}
+
+
 def test_what_the_replica_had_not_heard_of_is_reported_and_fences_nobody_out(
     cluster: SentinelCluster, tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ from support.fault_fleet import (
 )
 from support.invariants import Expected
 from support.proxy import Proxy
-from support.redis_server import EVERYSEC, RedisServer
+from support.redis_server import UNSYNCED, RedisServer
 from support.undisturbed import undisturbed_text
 
 pytestmark = pytest.mark.slow
@@ -120,7 +120,7 @@ def test_whatever_happens_no_job_is_lost_none_ends_twice_and_nothing_is_left_beh
 ) -> None:
     chance = random.Random(SEED)
     with (
-        RedisServer(*EVERYSEC) as server,
+        RedisServer(*UNSYNCED) as server,
         server.client() as redis,
         Proxy(server.socket, seed=SEED) as network,
         connect_client(server.url) as client,

@@ -9,19 +9,27 @@ from redis import Redis
 
 from mixfleet_broker.channel import (
     MAX_EVENTS_PER_READ,
-    append_chunk,
     delivered_tokens,
     ended,
     read_events,
 )
 from mixfleet_broker.errors import BrokerUnavailableError, MessageError
-from mixfleet_broker.flush import WriteOutcome, append_outcome
+from mixfleet_broker.event_codec import TOKENS, encode_chunk
 from mixfleet_broker.keys import CHANNEL
 from mixfleet_broker.messages import (
     TokenChunk,
 )
 from mixfleet_broker.queue import JobQueue
-from support.queue_jobs import DONE, MODEL, chat_job, chunk, claim_one, submit_and_claim
+from mixfleet_broker.write_outcome import WriteOutcome
+from support.queue_jobs import (
+    DONE,
+    MODEL,
+    append_chunk,
+    chat_job,
+    chunk,
+    claim_one,
+    submit_and_claim,
+)
 
 
 @pytest.fixture(params=[2, 3])
@@ -35,7 +43,7 @@ def test_a_reader_gets_everything_in_order_from_any_point(reader: Redis) -> None
     queue = JobQueue(reader, MODEL)
     lease = submit_and_claim(queue).lease
     for n in range(1, 6):
-        append_chunk(reader, lease, chunk(n, n))
+        append_chunk(queue, lease, chunk(n, n))
     queue.finish(lease, DONE)
     events = read_events(reader, lease.job_id)
     assert [event for _, event in events][1:] == [*(chunk(n, n) for n in range(1, 6)), DONE]
@@ -47,10 +55,8 @@ def test_a_reader_gets_everything_in_order_from_any_point(reader: Redis) -> None
 def test_a_long_answer_is_read_in_parts(reader: Redis) -> None:
     queue = JobQueue(reader, MODEL)
     lease = submit_and_claim(queue).lease
-    with reader.pipeline(transaction=False) as pipeline:
-        for n in range(1, MAX_EVENTS_PER_READ + 10):
-            append_chunk(pipeline, lease, chunk(n, n))
-        pipeline.execute()
+    for n in range(1, MAX_EVENTS_PER_READ + 10):
+        append_chunk(queue, lease, chunk(n, n))
     first = read_events(reader, lease.job_id)
     assert len(first) == MAX_EVENTS_PER_READ
     rest = read_events(reader, lease.job_id, after=first[-1][0])
@@ -79,36 +85,28 @@ def test_a_point_that_is_none_is_refused(redis: Redis, after: str) -> None:
         read_events(redis, "job1", after=after)
 
 
-def test_a_retried_chunk_is_refused_by_its_id(redis: Redis) -> None:
+def test_a_retried_chunk_is_said_once(redis: Redis) -> None:
     queue = JobQueue(redis, MODEL)
     lease = submit_and_claim(queue).lease
-    with redis.pipeline(transaction=False) as pipeline:
-        for one in (chunk(1, 11), chunk(1, 11), chunk(2, 12), chunk(1, 11)):
-            append_chunk(pipeline, lease, one)
-        replies = pipeline.execute(raise_on_error=False)
-    assert [append_outcome(reply) for reply in replies] == [
-        WriteOutcome.DONE,
-        WriteOutcome.REFUSED,
-        WriteOutcome.DONE,
-        WriteOutcome.REFUSED,
-    ]
+    for one in (chunk(1, 11), chunk(1, 11), chunk(2, 12), chunk(1, 11)):
+        assert append_chunk(queue, lease, one) is WriteOutcome.DONE
     assert delivered_tokens(redis, lease.job_id) == (11, 12)
-    # Refused and not lost: renew tells the two apart.
-    assert queue.renew("w1", [lease]) == set()
 
 
 def test_nothing_is_appended_where_there_is_no_channel(redis: Redis) -> None:
-    lease = submit_and_claim(JobQueue(redis, MODEL)).lease
+    queue = JobQueue(redis, MODEL)
+    lease = submit_and_claim(queue).lease
     redis.delete(CHANNEL(lease.job_id))
-    reply = append_chunk(redis, lease, chunk(1, 11))
-    assert append_outcome(reply) is WriteOutcome.LOST
+    assert append_chunk(queue, lease, chunk(1, 11)) is WriteOutcome.LOST
     assert not redis.exists(CHANNEL(lease.job_id))
 
 
 def test_an_answer_with_a_hole_is_not_taken_for_whole(redis: Redis) -> None:
-    lease = submit_and_claim(JobQueue(redis, MODEL)).lease
-    append_chunk(redis, lease, chunk(1, 11))
-    append_chunk(redis, lease, chunk(3, 13))
+    queue = JobQueue(redis, MODEL)
+    lease = submit_and_claim(queue).lease
+    append_chunk(queue, lease, chunk(1, 11))
+    planted: dict[Any, Any] = {"k": TOKENS, "d": encode_chunk(chunk(3, 13))}
+    redis.xadd(CHANNEL(lease.job_id), planted, id=f"{lease.run}-3")
     with pytest.raises(MessageError, match="1 tokens after 1 make 3"):
         delivered_tokens(redis, lease.job_id)
 
@@ -131,9 +129,10 @@ def test_a_planted_event_is_a_message_error(redis: Redis, fields: dict[str, str]
 
 
 def test_all_of_unicode_passes(redis: Redis) -> None:
-    lease = submit_and_claim(JobQueue(redis, MODEL)).lease
+    queue = JobQueue(redis, MODEL)
+    lease = submit_and_claim(queue).lease
     said = TokenChunk(num_tokens=2, text="né\u4e2d\U0001f680\x00", token_ids=(1, 2))
-    append_chunk(redis, lease, said)
+    append_chunk(queue, lease, said)
     assert read_events(redis, lease.job_id)[-1][1] == said
 
 

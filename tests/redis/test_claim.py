@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from redis import Redis
 
-from mixfleet_broker.channel import append_chunk, delivered_tokens, ended, read_events
+from mixfleet_broker.channel import delivered_tokens, ended, read_events
 from mixfleet_broker.errors import MessageError
 from mixfleet_broker.job_codec import (
     decode_job,
@@ -33,6 +33,7 @@ from mixfleet_broker.terms import QueueRules
 from support.queue_jobs import (
     DONE,
     MODEL,
+    append_chunk,
     chat_job,
     chunk,
     claim_one,
@@ -212,15 +213,15 @@ def test_a_live_lease_is_not_reaped(redis: Redis) -> None:
 def test_the_next_run_goes_on_after_the_delivered_tokens(redis: Redis) -> None:
     queue = JobQueue(redis, MODEL)
     first = submit_and_claim(queue).lease
-    append_chunk(redis, first, chunk(1, 11))
-    append_chunk(redis, first, chunk(3, 12, 13))
+    append_chunk(queue, first, chunk(1, 11))
+    append_chunk(queue, first, chunk(3, 12, 13))
     end_all_leases(redis)
     queue.reap()
     second = claim_one(queue, "w2")
     assert second.num_delivered == 3
     assert second.lease.run > first.run
     assert delivered_tokens(redis, first.job_id) == (11, 12, 13)
-    append_chunk(redis, second.lease, chunk(4, 14))
+    append_chunk(queue, second.lease, chunk(4, 14))
     assert queue.finish(second.lease, DONE, chunk(5, 15))
     assert delivered_tokens(redis, first.job_id) == (11, 12, 13, 14, 15)
     runs = [e for _, e in read_events(redis, first.job_id) if isinstance(e, RunStarted)]

@@ -5,7 +5,7 @@ from redis import Redis
 
 from mixfleet_broker.channel import ended
 from mixfleet_broker.errors import MessageError
-from mixfleet_broker.flush import Flush, WriteOutcome
+from mixfleet_broker.flush import Flush
 from mixfleet_broker.job_codec import (
     decode_job,
 )
@@ -14,6 +14,7 @@ from mixfleet_broker.messages import (
     JobEnd,
 )
 from mixfleet_broker.queue import JobQueue
+from mixfleet_broker.write_outcome import WriteOutcome
 from support.queue_jobs import (
     DONE,
     MODEL,

@@ -5,8 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from redis import Redis
 
-from mixfleet_broker.channel import append_chunk, delivered_tokens, ended, read_events
-from mixfleet_broker.flush import append_outcome
+from mixfleet_broker.channel import delivered_tokens, ended, read_events
 from mixfleet_broker.keys import (
     CANCELED,
     CHANNEL,
@@ -26,9 +25,11 @@ from mixfleet_broker.messages import (
 )
 from mixfleet_broker.queue import CancelOutcome, JobQueue
 from mixfleet_broker.terms import QueueRules
+from mixfleet_broker.write_outcome import WriteOutcome
 from support.queue_jobs import (
     DONE,
     MODEL,
+    append_chunk,
     chat_job,
     chunk,
     claim_one,
@@ -54,7 +55,7 @@ def places(redis: Redis, job_id: str) -> set[str]:
 def test_chunk_end_and_state_are_one_step(redis: Redis) -> None:
     queue = JobQueue(redis, MODEL, QueueRules(result_ttl_s=60))
     lease = submit_and_claim(queue).lease
-    append_chunk(redis, lease, chunk(1, 11))
+    append_chunk(queue, lease, chunk(1, 11))
     assert queue.finish(lease, DONE, chunk(2, 12))
     events = [event for _, event in read_events(redis, lease.job_id)][1:]
     assert events == [chunk(1, 11), chunk(2, 12), DONE]
@@ -76,7 +77,7 @@ def test_a_finish_whose_reply_was_lost_is_done_once(redis: Redis) -> None:
 def test_text_without_tokens_may_come_with_the_end(redis: Redis) -> None:
     queue = JobQueue(redis, MODEL)
     lease = submit_and_claim(queue).lease
-    append_chunk(redis, lease, chunk(2, 11, 12))
+    append_chunk(queue, lease, chunk(2, 11, 12))
     rest = TokenChunk(num_tokens=2, text="held back", token_ids=())
     assert queue.finish(lease, DONE, rest)
     assert [e for _, e in read_events(redis, lease.job_id)][2:] == [rest, DONE]
@@ -88,7 +89,7 @@ def test_text_without_tokens_may_come_with_the_end(redis: Redis) -> None:
 def test_a_last_chunk_that_had_arrived_is_not_said_twice(redis: Redis) -> None:
     queue = JobQueue(redis, MODEL)
     lease = submit_and_claim(queue).lease
-    append_chunk(redis, lease, chunk(1, 11))  # its reply was lost, so it comes with the end
+    append_chunk(queue, lease, chunk(1, 11))  # its reply was lost, so it comes with the end
     assert queue.finish(lease, DONE, chunk(1, 11))
     assert delivered_tokens(redis, lease.job_id) == (11,)
 
@@ -98,7 +99,7 @@ def test_an_end_that_would_leave_a_gap_changes_nothing(redis: Redis, last: Token
     queue = JobQueue(redis, MODEL)
     lease = submit_and_claim(queue).lease
     if last.num_tokens == 1:
-        append_chunk(redis, lease, chunk(2, 11, 12))
+        append_chunk(queue, lease, chunk(2, 11, 12))
     assert not queue.finish(lease, DONE, last)
     assert queue.info(lease.job_id).state == "started"
     assert ended(redis, lease.job_id) is None
@@ -118,15 +119,12 @@ def test_a_failed_job_keeps_its_reason_for_a_day(redis: Redis) -> None:
 def test_a_zombie_can_neither_append_nor_finish(redis: Redis) -> None:
     queue = JobQueue(redis, MODEL)
     zombie = submit_and_claim(queue).lease
-    append_chunk(redis, zombie, chunk(1, 11))
+    append_chunk(queue, zombie, chunk(1, 11))
     end_all_leases(redis)
     queue.reap()
     heir = claim_one(queue, "w2").lease
     for late in (chunk(2, 99), chunk(50, *range(49))):
-        with redis.pipeline(transaction=False) as pipeline:
-            append_chunk(pipeline, zombie, late)
-            [reply] = pipeline.execute(raise_on_error=False)
-        assert append_outcome(reply) == "refused"
+        assert append_chunk(queue, zombie, late) is WriteOutcome.LOST
     assert not queue.finish(zombie, DONE, chunk(2, 99))
     assert queue.finish(heir, DONE, chunk(2, 12))
     assert not queue.finish(zombie, DONE, chunk(2, 99))
@@ -169,12 +167,9 @@ def test_a_queued_job_that_is_cancelled_is_never_claimed(redis: Redis) -> None:
 def test_a_started_job_that_is_cancelled_fences_its_worker_at_once(redis: Redis) -> None:
     queue = JobQueue(redis, MODEL)
     lease = submit_and_claim(queue).lease
-    append_chunk(redis, lease, chunk(1, 11))
+    append_chunk(queue, lease, chunk(1, 11))
     assert queue.cancel(lease.job_id) is CancelOutcome.CANCELED
-    with redis.pipeline(transaction=False) as pipeline:
-        append_chunk(pipeline, lease, chunk(2, 12))
-        [reply] = pipeline.execute(raise_on_error=False)
-    assert append_outcome(reply) == "refused"
+    assert append_chunk(queue, lease, chunk(2, 12)) is WriteOutcome.LOST
     assert queue.renew("w1", [lease]) == {lease.job_id}
     assert not queue.finish(lease, DONE, chunk(2, 12))
     assert [e for _, e in read_events(redis, lease.job_id)][1:] == [
@@ -210,7 +205,7 @@ def test_of_a_finish_and_a_cancel_at_once_one_wins(redis: Redis) -> None:
 def test_a_job_that_waits_for_its_second_run_can_be_cancelled(redis: Redis) -> None:
     queue = JobQueue(redis, MODEL)
     lease = submit_and_claim(queue).lease
-    append_chunk(redis, lease, chunk(1, 11))
+    append_chunk(queue, lease, chunk(1, 11))
     queue.release([lease])
     assert queue.cancel(lease.job_id) is CancelOutcome.CANCELED
     assert queue.claim("w2", 1, "c9") == []

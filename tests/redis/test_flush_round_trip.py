@@ -5,12 +5,13 @@ from redis import Redis
 
 from mixfleet_broker.channel import delivered_tokens, ended
 from mixfleet_broker.errors import BrokerUnavailableError, MessageError
-from mixfleet_broker.flush import Flush, WriteOutcome
+from mixfleet_broker.flush import Flush
 from mixfleet_broker.keys import CHANNEL
 from mixfleet_broker.queue import JobQueue, Lease
-from support.queue_jobs import DONE, MODEL, chat_job, chunk, end_all_leases
+from mixfleet_broker.write_outcome import Behind, WriteOutcome
+from support.queue_jobs import DONE, MODEL, append_chunk, chat_job, chunk, end_all_leases
 
-DONE_, REFUSED, LOST = WriteOutcome.DONE, WriteOutcome.REFUSED, WriteOutcome.LOST
+DONE_, LOST = WriteOutcome.DONE, WriteOutcome.LOST
 
 
 def leases_of(queue: JobQueue, num_jobs: int) -> list[Lease]:
@@ -22,7 +23,10 @@ def leases_of(queue: JobQueue, num_jobs: int) -> list[Lease]:
 def test_all_writes_take_one_round_trip(redis: Redis) -> None:
     queue = JobQueue(redis, MODEL)
     one, two, three = leases_of(queue, 3)
-    queue.finish(Lease(job_id="warm", token="up-1", run=1), DONE)  # loads the scripts
+    warm_up = Flush(queue)  # loads the scripts
+    warm_up.append(Lease(job_id="other", token="up-1", run=1), chunk(1, 5))
+    warm_up.finish(Lease(job_id="another", token="up-1", run=1), DONE)
+    assert warm_up.send().outcomes == (LOST, LOST)
     queue.submit(chat_job())
     before = redis.info("commandstats")["cmdstat_evalsha"]["calls"]
     flush = Flush(queue)
@@ -32,7 +36,7 @@ def test_all_writes_take_one_round_trip(redis: Redis) -> None:
     assert len(flush) == 3
     result = flush.send()
     assert (result.outcomes, result.num_queued) == ((DONE_, DONE_, DONE_), 1)
-    assert redis.info("commandstats")["cmdstat_evalsha"]["calls"] == before + 1
+    assert redis.info("commandstats")["cmdstat_evalsha"]["calls"] == before + 2
     assert [delivered_tokens(redis, lease.job_id) for lease in (one, two, three)] == [
         (5,),
         (6, 7),
@@ -55,8 +59,7 @@ def test_a_flush_that_is_sent_again_writes_nothing_twice(redis: Redis) -> None:
     flush.append(one, chunk(1, 5))
     flush.finish(two, DONE, chunk(1, 6))
     assert flush.send().outcomes == (DONE_, DONE_)
-    assert flush.send().outcomes == (REFUSED, DONE_)
-    assert queue.renew("w1", [one]) == set()
+    assert flush.send().outcomes == (DONE_, DONE_)
     assert delivered_tokens(redis, one.job_id) == (5,)
     assert delivered_tokens(redis, two.job_id) == (6,)
 
@@ -72,7 +75,7 @@ def test_a_lost_job_is_refused_and_its_neighbour_is_not_hurt(redis: Redis) -> No
     flush.append(lost, chunk(1, 6))
     flush.finish(ending, DONE, chunk(1, 7))
     flush.append(kept, chunk(1, 8))
-    assert flush.send().outcomes == (REFUSED, LOST, LOST, DONE_)
+    assert flush.send().outcomes == (LOST, LOST, LOST, DONE_)
     assert queue.renew("w1", [cancelled, kept]) == {cancelled.job_id}
 
 
@@ -85,7 +88,7 @@ def test_a_zombies_flush_is_refused_whole(redis: Redis) -> None:
     flush = Flush(queue)
     flush.append(one, chunk(1, 5))
     flush.finish(two, DONE, chunk(1, 6))
-    assert flush.send().outcomes == (REFUSED, LOST)
+    assert flush.send().outcomes == (LOST, LOST)
     assert queue.renew("w1", [one, two]) == {one.job_id, two.job_id}
 
 
@@ -100,6 +103,20 @@ def test_a_server_that_lost_its_scripts_still_ends_the_job(redis: Redis) -> None
     assert ended(redis, two.job_id) == DONE
 
 
+def test_what_does_not_follow_is_not_written(redis: Redis) -> None:
+    queue = JobQueue(redis, MODEL)
+    one, two, three = leases_of(queue, 3)
+    append_chunk(queue, one, chunk(2, 5, 6))
+    flush = Flush(queue)
+    flush.append(one, chunk(4, 8))
+    flush.finish(two, DONE, chunk(2, 7))
+    flush.append(three, chunk(1, 9))
+    assert flush.send().outcomes == (Behind(2), Behind(0), DONE_)
+    assert delivered_tokens(redis, one.job_id) == (5, 6)
+    assert ended(redis, two.job_id) is None
+    assert queue.renew("w1", [one, two, three]) == set()
+
+
 def test_a_full_server_still_takes_chunks_and_ends(redis: Redis) -> None:
     queue = JobQueue(redis, MODEL)
     one, two, gone = leases_of(queue, 3)
@@ -110,7 +127,7 @@ def test_a_full_server_still_takes_chunks_and_ends(redis: Redis) -> None:
         flush.append(one, chunk(1, 5))
         flush.finish(two, DONE, chunk(1, 6))
         flush.append(gone, chunk(1, 7))
-        assert flush.send().outcomes == (DONE_, DONE_, REFUSED)
+        assert flush.send().outcomes == (DONE_, DONE_, LOST)
     finally:
         redis.config_set("maxmemory", 0)
     assert delivered_tokens(redis, one.job_id) == (5,)
@@ -135,7 +152,7 @@ def test_a_channel_of_a_wrong_type_hurts_its_own_job_only(redis: Redis) -> None:
     flush.append(planted, chunk(1, 5))
     flush.finish(ending, DONE, chunk(2, 6))
     flush.append(sound, chunk(1, 7))
-    assert flush.send().outcomes == (LOST, LOST, DONE_)
+    assert flush.send().outcomes == (LOST, Behind(0), DONE_)
     assert delivered_tokens(redis, sound.job_id) == (7,)
 
 

@@ -18,7 +18,7 @@ from redis import Redis
 
 from mixfleet_broker.channel import delivered_tokens, read_events
 from mixfleet_broker.errors import QueueFullError, TenantQueueFullError
-from mixfleet_broker.flush import Flush, WriteOutcome
+from mixfleet_broker.flush import Flush
 from mixfleet_broker.keys import (
     AGEING,
     CANCELED,
@@ -43,6 +43,7 @@ from mixfleet_broker.messages import (
 )
 from mixfleet_broker.queue import CancelOutcome, ClaimedJob, JobQueue, Lease
 from mixfleet_broker.terms import PRIORITIES, JobTerms, QueueRules
+from mixfleet_broker.write_outcome import WriteOutcome
 from support.plain_queue import COST, PlainQueue
 from support.plain_queue import WEIGHTS as SHARES
 from support.queue_jobs import MODEL, chat_job, texts
@@ -138,16 +139,13 @@ class QueueMachine(RuleBasedStateMachine):
         else:
             flush.append(lease, chunk)
         live = self.plain.holds(lease)
-        for attempt in range(repeats):
+        for _ in range(repeats):
             [outcome] = flush.send().outcomes
             if ends:
                 # Also when this run had ended the job before: the end is not said again.
                 assert (outcome is WriteOutcome.DONE) == (job.lease == lease)
-            elif live and attempt == 0:
-                assert outcome is WriteOutcome.DONE
             else:
-                # Lost where the job was requeued by an operator and has no channel yet.
-                assert outcome in (WriteOutcome.REFUSED, WriteOutcome.LOST)
+                assert outcome is (WriteOutcome.DONE if live else WriteOutcome.LOST)
         if live:
             job.tokens += new
             if ends:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from mixfleet_broker.channel import append_chunk, ended, read_events
+from mixfleet_broker.channel import ended, read_events
 from mixfleet_broker.errors import MessageError
 from mixfleet_broker.job_codec import (
     decode_job,
@@ -24,6 +24,7 @@ from mixfleet_broker.terms import QueueRules
 from support.queue_jobs import (
     DONE,
     MODEL,
+    append_chunk,
     chat_job,
     chunk,
     claim_one,
@@ -109,7 +110,7 @@ def test_a_job_of_a_stock_producer_runs_and_returns_its_answer(redis: Redis, rq:
     assert (job.job_id, job.model) == (job_id, MODEL)
     assert job.messages == (ChatMessage(role="user", content="Hi"),)
     assert job.sampling.max_tokens == 8
-    append_chunk(redis, foreign.lease, chunk(1, 5, text='"né\u4e2d'))
+    append_chunk(queue, foreign.lease, chunk(1, 5, text='"né\u4e2d'))
     assert queue.finish(foreign.lease, DONE, chunk(2, 6, text="/\U0001f680\n"))
     assert rq("status", job_id) == "finished"
     assert rq("return_value", job_id) == {
@@ -125,7 +126,7 @@ def test_a_job_of_a_stock_producer_runs_and_returns_its_answer(redis: Redis, rq:
 def test_a_stock_job_goes_on_after_a_lost_worker(redis: Redis, rq: Rq) -> None:
     queue = JobQueue(redis, MODEL)
     job_id = rq("enqueue", MODEL, json.dumps(CHAT))
-    append_chunk(redis, claim_one(queue).lease, chunk(1, 5, text="one "))
+    append_chunk(queue, claim_one(queue).lease, chunk(1, 5, text="one "))
     end_all_leases(redis)
     assert queue.reap().requeued == (job_id,)
     again = claim_one(queue, "w2")
@@ -199,7 +200,7 @@ def test_a_job_that_rq_deletes_is_gone_everywhere(redis: Redis, rq: Rq) -> None:
 def test_an_operators_requeue_begins_the_job_anew(redis: Redis, rq: Rq) -> None:
     queue = JobQueue(redis, MODEL, QueueRules(max_losses=1))
     first = submit_and_claim(queue).lease
-    append_chunk(redis, first, chunk(1, 5))
+    append_chunk(queue, first, chunk(1, 5))
     end_all_leases(redis)
     assert queue.reap().failed == (first.job_id,)
     rq("requeue", MODEL, first.job_id)

@@ -5,7 +5,7 @@ from redis import Redis
 
 from mixfleet.events import EventReader, Patience
 from mixfleet.transport import RedisTransport
-from mixfleet_broker.channel import append_chunk, read_events
+from mixfleet_broker.channel import read_events
 from mixfleet_broker.errors import UnknownJobError
 from mixfleet_broker.keys import JOB, QUEUE, READY, RQ_WORKER, SUSPENDED
 from mixfleet_broker.messages import (
@@ -15,7 +15,15 @@ from mixfleet_broker.messages import (
 from mixfleet_broker.queue import JobQueue, Lease
 from mixfleet_broker.registry import Registration, WorkerRecord
 from mixfleet_broker.settings import Settings
-from support.queue_jobs import DONE, MODEL, chat_job, chunk, claim_one, submit_and_claim
+from support.queue_jobs import (
+    DONE,
+    MODEL,
+    append_chunk,
+    chat_job,
+    chunk,
+    claim_one,
+    submit_and_claim,
+)
 from support.rq_tools import Tools
 
 pytestmark = pytest.mark.slow
@@ -33,7 +41,7 @@ def press(tools: Tools, path: str) -> dict[str, object]:
 
 def fail_one(queue: JobQueue) -> Lease:
     lease = submit_and_claim(queue).lease
-    assert append_chunk(queue.redis, lease, chunk(1, 5))
+    assert append_chunk(queue, lease, chunk(1, 5))
     assert queue.finish(lease, BOOM)
     return lease
 
@@ -180,7 +188,7 @@ def test_the_reader_of_a_deleted_job_is_told_after_a_silence(
 ) -> None:
     queue = JobQueue(redis, MODEL)
     lease = submit_and_claim(queue).lease
-    append_chunk(redis, lease, chunk(1, 5))
+    append_chunk(queue, lease, chunk(1, 5))
     press(tools, f"/job/{lease.job_id}/delete")
     queue.renew("w1", [lease])
     transport = RedisTransport(Settings(redis=redis_url))

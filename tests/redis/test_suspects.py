@@ -4,7 +4,6 @@ import pytest
 from redis import Redis
 
 from mixfleet_broker.channel import read_events
-from mixfleet_broker.flush import Flush, WriteOutcome
 from mixfleet_broker.jobs import find_job
 from mixfleet_broker.keys import LEASES, QUARANTINE, SUSPECTS
 from mixfleet_broker.messages import (
@@ -12,9 +11,11 @@ from mixfleet_broker.messages import (
     new_job_id,
 )
 from mixfleet_broker.queue import ClaimedJob, JobQueue
+from mixfleet_broker.write_outcome import WriteOutcome
 from support.queue_jobs import (
     DONE,
     MODEL,
+    append_chunk,
     chat_job,
     chunk,
     claim_one,
@@ -163,18 +164,12 @@ def test_readers_hear_why_a_job_waits_again_and_its_worker_is_fenced_at_once(
     queue = JobQueue(redis, MODEL)
     claimed = submit_and_claim(queue)
 
-    def append(number: int) -> WriteOutcome:
-        flush = Flush(queue)
-        flush.append(claimed.lease, chunk(number, number))
-        [outcome] = flush.send().outcomes
-        return outcome
-
-    assert append(1) is WriteOutcome.DONE
+    assert append_chunk(queue, claimed.lease, chunk(1, 1)) is WriteOutcome.DONE
     if reason == "lost":
         die(redis, queue)
     else:
         (queue.release if reason == "released" else queue.isolate)([claimed.lease])
-    assert append(2) is WriteOutcome.REFUSED
+    assert append_chunk(queue, claimed.lease, chunk(2, 2)) is WriteOutcome.LOST
     assert not queue.finish(claimed.lease, DONE, chunk(2, 2))
     events = [event for _, event in read_events(redis, claimed.lease.job_id)]
     assert events[-1] == Requeued(num_tokens=1, reason=reason)  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ from redis import Redis
 
 from mixfleet_broker.channel import delivered_tokens
 from mixfleet_broker.errors import BrokerUnavailableError
-from mixfleet_broker.flush import WriteOutcome
 from mixfleet_broker.job_codec import (
     decode_job as decode,
 )
@@ -20,6 +19,7 @@ from mixfleet_broker.messages import (
 from mixfleet_broker.queue import ClaimedJob, JobQueue, Lease
 from mixfleet_broker.registry import Registration, WorkerRecord, workers
 from mixfleet_broker.terms import QueueRules
+from mixfleet_broker.write_outcome import Behind, WriteOutcome
 from mixfleet_worker.handoff import EndWrite, JobTimes
 from mixfleet_worker.session import Activity, QueueSession, Session
 from support.fake_session import FakeBroker, chunk_write
@@ -115,13 +115,24 @@ def test_a_flush_writes_and_counts_who_waits(broker: Broker) -> None:
     assert session.flush([]).num_queued == 1
 
 
-def test_a_repeated_chunk_is_refused_and_the_lease_is_still_ours(broker: Broker) -> None:
+def test_a_repeated_chunk_is_done(broker: Broker) -> None:
     session = broker.session()
     lease = claim_one(broker, session).lease
     session.flush([chunk_write(lease, 1)])
-    assert session.flush([chunk_write(lease, 1)]).outcomes == (WriteOutcome.REFUSED,)
-    assert session.renew([lease]) == set()
+    assert session.flush([chunk_write(lease, 1)]).outcomes == (WriteOutcome.DONE,)
     assert broker.tokens(lease.job_id) == (1,)
+
+
+def test_what_does_not_follow_is_behind_and_the_lease_is_still_ours(broker: Broker) -> None:
+    session = broker.session()
+    lease, other = (claim_one(broker, session).lease for _ in range(2))
+    session.flush([chunk_write(lease, 1)])
+    assert session.flush([chunk_write(lease, 3), an_end(other, 2)]).outcomes == (
+        Behind(1),
+        Behind(0),
+    )
+    assert session.renew([lease, other]) == set()
+    assert (broker.tokens(lease.job_id), broker.tokens(other.job_id)) == ((1,), ())
 
 
 def test_a_repeated_end_is_done(broker: Broker) -> None:
@@ -136,7 +147,7 @@ def test_a_cancelled_job_takes_neither_chunk_nor_end(broker: Broker) -> None:
     session = broker.session()
     lease = claim_one(broker, session).lease
     broker.cancel(lease.job_id)
-    assert session.flush([chunk_write(lease, 1)]).outcomes != (WriteOutcome.DONE,)
+    assert session.flush([chunk_write(lease, 1)]).outcomes == (WriteOutcome.LOST,)
     assert session.flush([an_end(lease, 1)]).outcomes == (WriteOutcome.LOST,)
     assert session.renew([lease]) == {lease.job_id}
     assert broker.tokens(lease.job_id) == ()
@@ -153,7 +164,7 @@ def test_a_released_job_goes_on_elsewhere_after_its_tokens(broker: Broker) -> No
     assert (job.num_delivered, job.attempt, job.num_losses) == (2, 2, 0)
     assert second.delivered_tokens(lease.job_id) == (1, 2)
     assert job.lease.run > lease.run
-    assert first.flush([chunk_write(lease, 3)]).outcomes == (WriteOutcome.REFUSED,)
+    assert first.flush([chunk_write(lease, 3)]).outcomes == (WriteOutcome.LOST,)
     assert second.flush([chunk_write(job.lease, 3)]).outcomes == (WriteOutcome.DONE,)
     assert broker.tokens(lease.job_id) == (1, 2, 3)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from mixfleet_broker.channel import append_chunk
 from mixfleet_broker.connection import connect
 from mixfleet_broker.inquiries import InquiryBox
 from mixfleet_broker.inquiry_codec import InquiryAnswer, encode_answer
@@ -25,6 +24,7 @@ from mixfleet_broker.queue import JobQueue
 from mixfleet_broker.records import ClaimedJob
 from mixfleet_broker.registry import Registration, WorkerRecord
 from mixfleet_broker.terms import QueueRules
+from support.queue_jobs import append_chunk
 
 WAKE_UP_S = 0.02
 LEASE_S = 15.0
@@ -107,7 +107,7 @@ class AnswerWorker:
                 part=part,
                 num_prompt_tokens=NUM_PROMPT_TOKENS if number == 1 else None,
             )
-            append_chunk(self._redis, claimed.lease, chunk)
+            append_chunk(self._queue, claimed.lease, chunk)
         self._queue.finish(claimed.lease, scripted.end())
 
     def __enter__(self) -> Self:

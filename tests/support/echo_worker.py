@@ -5,9 +5,7 @@ import time
 from types import TracebackType
 from typing import Self
 
-from redis.exceptions import ResponseError
-
-from mixfleet_broker.channel import append_chunk, delivered_tokens
+from mixfleet_broker.channel import delivered_tokens
 from mixfleet_broker.connection import connect
 from mixfleet_broker.job_codec import (
     decode_job,
@@ -23,6 +21,8 @@ from mixfleet_broker.queue import JobQueue
 from mixfleet_broker.records import ClaimedJob
 from mixfleet_broker.registry import Registration, WorkerRecord
 from mixfleet_broker.terms import QueueRules
+from mixfleet_broker.write_outcome import WriteOutcome
+from support.queue_jobs import append_chunk
 
 WAKE_UP_S = 0.02
 
@@ -90,10 +90,8 @@ class EchoWorker:
                 self.lost.append(job.job_id)
                 return
             chunk = TokenChunk(num_tokens=number, text=character, token_ids=(ord(character),))
-            try:
-                append_chunk(self._redis, claimed.lease, chunk)
-            except ResponseError:  # cancelled since the renewal: its channel has ended
-                self.lost.append(job.job_id)
+            if append_chunk(self._queue, claimed.lease, chunk) is not WriteOutcome.DONE:
+                self.lost.append(job.job_id)  # cancelled since the renewal
                 return
         usage = Usage(prompt_tokens=len(job.messages), completion_tokens=len(text))
         self._queue.finish(

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from mixfleet_broker.errors import BrokerUnavailableError
-from mixfleet_broker.flush import FlushResult, WriteOutcome
+from mixfleet_broker.flush import FlushResult
 from mixfleet_broker.messages import (
     JobEnd,
     TokenChunk,
 )
 from mixfleet_broker.orders import Order
 from mixfleet_broker.queue import ClaimedJob, Lease
+from mixfleet_broker.write_outcome import Behind, WriteOutcome
 from mixfleet_worker.handoff import ChunkWrite, EndWrite, Write
 from mixfleet_worker.session import Activity
 
@@ -115,7 +116,7 @@ class FakeBroker:
         self._last_run += 1
         job.lease = Lease(job_id=job_id, token=f"t{self._last_run}", run=self._last_run)
         job.attempt += 1
-        job.last_id = (self._last_run, 0)
+        job.last_id = (self._last_run, job.num_tokens)
         return ClaimedJob(
             lease=job.lease,
             payload=job.payload,
@@ -125,7 +126,7 @@ class FakeBroker:
             alone=job_id in self.alone,
         )
 
-    def write(self, write: Write) -> WriteOutcome:
+    def write(self, write: Write) -> WriteOutcome | Behind:
         job = self.jobs[write.lease.job_id]
         if isinstance(write, ChunkWrite):
             return self._append(job, write.lease, write.chunk)
@@ -133,16 +134,28 @@ class FakeBroker:
             is_repetition = job.ends == [write.end]
             return WriteOutcome.DONE if is_repetition else WriteOutcome.LOST
         if write.chunk is not None:
-            self._append(job, write.lease, write.chunk)
+            outcome = self._append(job, write.lease, write.chunk)
+            if outcome is not WriteOutcome.DONE:
+                return outcome
         job.ends.append(write.end)
         job.lease, job.last_id = None, (job.last_id[0] + 1, 0)
         return WriteOutcome.DONE
 
-    def _append(self, job: FakeJob, lease: Lease, chunk: TokenChunk) -> WriteOutcome:
-        event_id = (lease.run, chunk.num_tokens)
-        if event_id <= job.last_id:
-            return WriteOutcome.REFUSED
-        job.last_id = event_id
+    def forget_after(self, job_id: str, num_tokens: int) -> None:
+        """Lose the last writes of a job, as a server that was killed may."""
+        job = self.jobs[job_id]
+        job.chunks = [chunk for chunk in job.chunks if chunk.num_tokens <= num_tokens]
+        job.last_id = (job.last_id[0], num_tokens)
+
+    def _append(self, job: FakeJob, lease: Lease, chunk: TokenChunk) -> WriteOutcome | Behind:
+        run, num_tokens = job.last_id
+        if run != lease.run:
+            return WriteOutcome.LOST
+        if num_tokens >= chunk.num_tokens and chunk.token_ids:
+            return WriteOutcome.DONE
+        if num_tokens != chunk.num_tokens - len(chunk.token_ids):
+            return Behind(num_tokens)
+        job.last_id = (run, chunk.num_tokens)
         job.chunks.append(chunk)
         return WriteOutcome.DONE
 

@@ -4,7 +4,6 @@ import time
 from types import TracebackType
 from typing import Self
 
-from mixfleet_broker.channel import append_chunk
 from mixfleet_broker.connection import connect
 from mixfleet_broker.job_codec import decode_job
 from mixfleet_broker.messages import AnswerPart, ChatJob, JobEnd, TokenChunk, Usage, new_job_id
@@ -12,6 +11,7 @@ from mixfleet_broker.queue import JobQueue
 from mixfleet_broker.records import ClaimedJob
 from mixfleet_broker.registry import Registration, WorkerRecord
 from mixfleet_broker.terms import QueueRules
+from support.queue_jobs import append_chunk
 from support.worker_process import until
 
 LEASE_S = 60.0
@@ -55,7 +55,7 @@ class HandWorker:
             number = self._num_tokens.get(claimed.lease.job_id, 0) + 1
             self._num_tokens[claimed.lease.job_id] = number
             chunk = TokenChunk(num_tokens=number, text=text, token_ids=(number,), part=part)
-            append_chunk(self._redis, claimed.lease, chunk)
+            append_chunk(self._queue, claimed.lease, chunk)
 
     def finish(self, claimed: ClaimedJob, end: JobEnd | None = None) -> None:
         """End a job; well, unless it is said otherwise."""

@@ -4,6 +4,7 @@ from typing import Any
 
 from redis import Redis
 
+from mixfleet_broker.flush import Flush
 from mixfleet_broker.keys import CHANNEL, LEASES
 from mixfleet_broker.messages import (
     ChatJob,
@@ -14,7 +15,8 @@ from mixfleet_broker.messages import (
     Usage,
     new_job_id,
 )
-from mixfleet_broker.queue import ClaimedJob, JobQueue
+from mixfleet_broker.queue import ClaimedJob, JobQueue, Lease
+from mixfleet_broker.write_outcome import Behind, WriteOutcome
 
 MODEL = "tiny"
 DONE = JobEnd(
@@ -53,6 +55,14 @@ def claim_one(queue: JobQueue, worker_id: str = "w1") -> ClaimedJob:
     """Claim the one job that there must be."""
     [claimed] = queue.claim(worker_id, 1, new_job_id())
     return claimed
+
+
+def append_chunk(queue: JobQueue, lease: Lease, chunk: TokenChunk) -> WriteOutcome | Behind:
+    """Append one piece of an answer."""
+    flush = Flush(queue)
+    flush.append(lease, chunk)
+    [outcome] = flush.send().outcomes
+    return outcome
 
 
 def end_all_leases(redis: Redis, model: str = MODEL) -> None:

@@ -25,6 +25,9 @@ from mixfleet_broker.server_binary import find_server
 START_LIMIT_S = 20.0
 EVERYSEC = ("--appendonly", "yes", "--appendfsync", "everysec")
 ALWAYS = ("--appendonly", "yes", "--appendfsync", "always")
+UNSYNCED = ("--appendonly", "yes", "--appendfsync", "no")
+"""What it has confirmed is in its log, so that a server that is killed loses nothing. With everysec
+it keeps writes back while the disk is busy."""
 
 
 class RedisServer:
@@ -38,6 +41,8 @@ class RedisServer:
         # Not pytest's tmp_path: a socket's path may have about a hundred characters.
         self._directory = Path(tempfile.mkdtemp(prefix="mixfleet-"))
         self._socket = self._directory / "redis.sock"
+        self._log = self._directory / "appendonlydir"
+        self._kept = self._directory / "kept"
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -62,9 +67,27 @@ class RedisServer:
         self.process.kill()
         self.process.wait()
 
+    def await_written(self) -> None:
+        """Wait until all that it has confirmed so far is in its log."""
+        with self.client() as client:
+            deadline = time.monotonic() + START_LIMIT_S
+            # It keeps writes back while one waits for the disk, and writes before it replies else.
+            while client.info("persistence")["aof_pending_bio_fsync"]:
+                assert time.monotonic() < deadline, "the disk is too slow"
+                time.sleep(0.01)
+
+    def keep_log(self) -> None:
+        """Remember the log as it is now."""
+        shutil.copytree(self._log, self._kept)
+
+    def lose_what_followed(self) -> None:
+        """Let a killed server have the log that was kept."""
+        shutil.rmtree(self._log)
+        self._kept.rename(self._log)
+
     def lose_everything(self) -> None:
         """Forget what a killed server had on disk."""
-        shutil.rmtree(self._directory / "appendonlydir", ignore_errors=True)
+        shutil.rmtree(self._log, ignore_errors=True)
 
     def pause(self) -> None:
         """Stop it where it is, as a machine that sleeps."""

@@ -23,9 +23,12 @@ _TIMED_ID = re.compile(r"[0-9a-f]{32}")
 class HeldJob:
     """A job that is leased to this worker.
 
-    Writes go out one at a time, so that a refused one can never leave a gap before a later one
-    that was accepted. What comes meanwhile is merged where it can be: a slow Redis gets fewer and
-    larger chunks instead of a growing pile. Text and tool calls stay apart.
+    Writes go out one at a time. What comes meanwhile is merged where it can be: a slow Redis gets
+    fewer and larger chunks instead of a growing pile. Text and tool calls stay apart.
+
+    What was written is kept for a while. A Redis that comes back without its last writes is given
+    them again as they were: some readers have got them, others have not, and to both the channel
+    reads as if nothing had happened.
     """
 
     lease: Lease
@@ -40,6 +43,10 @@ class HeldJob:
     of a chunk that did arrive would say its text twice."""
     unsent: deque[Write] = field(default_factory=deque)
     """All later writes, in as few as possible."""
+    written: deque[tuple[float, ChunkWrite]] = field(default_factory=deque)
+    """The last that arrived, and when."""
+    again: deque[Write] = field(default_factory=deque)
+    """Sent before and lost by Redis; they go out unchanged, before ``unsent``."""
 
     def add(self, write: Write) -> None:
         """Take one more write, later than all before it."""
@@ -51,23 +58,49 @@ class HeldJob:
 
     def next_write(self) -> Write | None:
         """Return what is to be sent now; it stays until :meth:`settle`."""
-        if self.sent is None and self.unsent:
-            self.sent = self.unsent.popleft()
+        if self.sent is None and (waiting := self.again or self.unsent):
+            self.sent = waiting.popleft()
         return self.sent
 
-    def settle(self) -> None:
-        """Forget the write that was sent: its fate is known."""
+    def settle(self, now: float, keep_s: float) -> None:
+        """Take the write that was sent for written.
+
+        Args:
+            now: The worker's monotonic clock.
+            keep_s: For how long what was written can be sent again.
+        """
+        if isinstance(self.sent, ChunkWrite):
+            self.written.append((now, self.sent))
         self.sent = None
+        while self.written and self.written[0][0] < now - keep_s:
+            self.written.popleft()
+
+    def send_again_after(self, num_tokens: int) -> bool:
+        """Send again what follows the first ``num_tokens`` tokens of the answer.
+
+        Returns:
+            False when what follows them is not known any more; then nothing has changed.
+        """
+        lost = [write for _, write in self.written if write.chunk.num_tokens > num_tokens]
+        if not lost or lost[0].chunk.num_tokens - len(lost[0].chunk.token_ids) != num_tokens:
+            return False
+        for _ in lost:
+            self.written.pop()
+        sent = [] if self.sent is None else [self.sent]
+        self.again.extendleft(reversed([*lost, *sent]))
+        self.sent = None
+        return True
 
     @property
     def has_writes(self) -> bool:
         """Whether anything is still to be written."""
-        return self.sent is not None or bool(self.unsent)
+        return self.sent is not None or bool(self.again) or bool(self.unsent)
 
     @property
     def has_end(self) -> bool:
-        """Whether the answer is complete and only its end is still to be written."""
-        return isinstance(self.unsent[-1] if self.unsent else self.sent, EndWrite)
+        """Whether the answer is complete and only the rest of it is still to be written."""
+        waiting = self.unsent or self.again
+        return isinstance(waiting[-1] if waiting else self.sent, EndWrite)
 
 
 def waited_s(job_id: str, now: float) -> float | None:

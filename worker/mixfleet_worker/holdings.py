@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
 
-from mixfleet_broker.flush import FlushResult, WriteOutcome
+from mixfleet_broker.flush import FlushResult
 from mixfleet_broker.queue import Lease
+from mixfleet_broker.write_outcome import Behind, WriteOutcome
 from mixfleet_worker.handoff import EndWrite, LostJob, ToLoop, Write
 from mixfleet_worker.held import HeldJob, waited_s
 from mixfleet_worker.session import Session
@@ -25,6 +26,8 @@ class Holdings:
         session: The broker.
         to_loop: Where lost leases are told.
         worker_id: For the logs.
+        lease_s: How long a lease holds; what was written is known for as long. A Redis that lost
+            more has lost the renewals too, so the jobs are not ours any more.
         clock: Monotonic seconds.
         on_end: Told of each end that this worker has written.
     """
@@ -35,12 +38,14 @@ class Holdings:
         session: Session,
         to_loop: SimpleQueue[ToLoop],
         worker_id: str,
+        lease_s: float,
         clock: Callable[[], float],
         on_end: Callable[[EndWrite], None] | None = None,
     ) -> None:
         self._session = session
         self._to_loop = to_loop
         self._worker_id = worker_id
+        self._lease_s = lease_s
         self._clock = clock
         self._on_end = on_end
         self._jobs: dict[str, HeldJob] = {}
@@ -151,28 +156,33 @@ class Holdings:
         if not (sent or ask):
             return None
         flushed = self._session.flush([write for _, write in sent])
-        doubtful: list[HeldJob] = []
         for (job, write), outcome in zip(sent, flushed.outcomes, strict=True):
-            if isinstance(write, EndWrite):
+            if isinstance(outcome, Behind):
+                self._catch_up(job, outcome.num_tokens)
+            elif isinstance(write, EndWrite):
                 del self._jobs[job.lease.job_id]
                 self._log_end(write, job.queue_s, done=outcome is WriteOutcome.DONE)
             elif outcome is WriteOutcome.DONE:
-                job.settle()
-            elif outcome is WriteOutcome.LOST:
-                self._lose([job.lease])
+                job.settle(self._clock(), self._lease_s)
             else:
-                doubtful.append(job)
-        self._resolve(doubtful)
+                self._lose([job.lease])
         return flushed
 
-    def _resolve(self, doubtful: Sequence[HeldJob]) -> None:
-        """Settle refused chunks: a refused one is fenced, or it is our own second copy.
+    def _catch_up(self, job: HeldJob, num_tokens: int) -> None:
+        """Send again what Redis has lost of an answer; where it is not known let the job go.
 
-        Who has the lease is the only thing that tells the two apart.
+        Its next run goes on after what the channel has.
         """
-        self._renew([job.lease for job in doubtful])
-        for job in doubtful:
-            job.settle()
+        logger.warning(
+            "redis has lost tokens job_id=%s run=%d num_tokens=%d worker_id=%s",
+            job.lease.job_id,
+            job.lease.run,
+            num_tokens,
+            self._worker_id,
+        )
+        if not job.send_again_after(num_tokens):
+            self._lose([job.lease])
+            self._to_release.append(job.lease)
 
     def _renew(self, leases: Sequence[Lease]) -> None:
         if not leases:

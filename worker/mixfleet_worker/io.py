@@ -81,6 +81,7 @@ class BrokerIO:
             session=session,
             to_loop=mailboxes.to_loop,
             worker_id=worker_id,
+            lease_s=lease_s,
             clock=clock,
             on_end=on_end,
         )

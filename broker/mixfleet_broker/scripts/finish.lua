@@ -7,19 +7,19 @@
 --          7 body of the last chunk or '', 8 tokens of the answer with it, 9 tokens in it,
 --          10 result ttl s, 11 failure ttl s, 12 finish reason or '', 13 prompt tokens,
 --          14 completion tokens
--- Result   1 done, also by an earlier call of this run; 0 the run is not the job's any more;
---          -1 the last chunk does not follow what was delivered, nothing was changed
+-- Result   DONE, also by an earlier call of this run; LOST, the run is not the job's any more; or how
+--          many tokens were delivered, which the last chunk does not follow: nothing was changed
 -- Keeps    a job ends once; its channel holds tokens 1..n once each and one end.
 
 local job_id, token, run, status = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local v = job_fields(job_id, 'mf_token', 'status', 'worker_name', 'mf_request', 'mf_attempt', 'mf_bytes',
   'mf_tenant', 'mf_class', 'mf_cost', 'mf_max')
-if v[1] ~= token then return 0 end
+if v[1] ~= token then return LOST end
 local last_ms, delivered, is_ended = channel_tail(job_id)
-if (v[2] == 'finished' or v[2] == 'failed') and is_ended then return 1 end
+if (v[2] == 'finished' or v[2] == 'failed') and is_ended then return DONE end
 if v[2] ~= 'started' then
   settle_foreign_end(job_id, v[2])
-  return 0
+  return LOST
 end
 
 if ARGV[7] ~= '' then
@@ -29,7 +29,7 @@ if ARGV[7] ~= '' then
     local ms = num_new > 0 and run or whole(run_after(last_ms))
     redis.call('XADD', key.channel(job_id), ms .. '-' .. whole(num_tokens), 'k', 't', 'd', ARGV[7])
   elseif num_tokens ~= delivered then
-    return -1
+    return delivered
   end -- otherwise the chunk came before, by an append whose reply was lost
 end
 
@@ -93,4 +93,4 @@ if status == 'finished' then learn_from_this() end
 if redis.call('EXISTS', key.rq_worker(worker_id)) == 1 then
   redis.call('HINCRBY', key.rq_worker(worker_id), counter, 1)
 end
-return 1
+return DONE

@@ -18,6 +18,7 @@ from support.fake_session import chunk_write
 from support.worker_jobs import a_lease
 
 LEASE = a_lease()
+KEEP_S = 15.0
 
 
 def a_held_job() -> HeldJob:
@@ -34,7 +35,7 @@ def test_a_write_stays_until_it_is_settled() -> None:
     job.add(chunk_write(LEASE, 1))
     assert job.next_write() == job.next_write() == chunk_write(LEASE, 1)
     assert job.has_writes
-    job.settle()
+    job.settle(0.0, KEEP_S)
     assert job.next_write() is None
     assert not job.has_writes
 
@@ -73,7 +74,7 @@ def a_chunk(
 def sent_one_by_one(job: HeldJob) -> Iterator[Write]:
     while (write := job.next_write()) is not None:
         yield write
-        job.settle()
+        job.settle(0.0, KEEP_S)
 
 
 def test_joined_chunks_keep_every_logprob_and_the_length_of_the_prompt() -> None:
@@ -120,7 +121,7 @@ def test_a_write_that_was_sent_never_changes() -> None:
     job.add(chunk_write(LEASE, 2))
     job.add(chunk_write(LEASE, 3))
     assert job.next_write() == chunk_write(LEASE, 1)
-    job.settle()
+    job.settle(0.0, KEEP_S)
     later = job.next_write()
     assert later is not None
     assert later.chunk is not None
@@ -149,7 +150,7 @@ def test_an_end_behind_a_sent_chunk_waits_for_its_turn() -> None:
     job.add(an_end())
     assert job.has_end
     assert job.next_write() == chunk_write(LEASE, 1)
-    job.settle()
+    job.settle(0.0, KEEP_S)
     assert job.next_write() == an_end()
 
 
@@ -170,11 +171,11 @@ def test_text_and_tool_calls_that_wait_stay_apart_and_in_order() -> None:
         lease=LEASE, chunk=TokenChunk(num_tokens=2, text="ab", token_ids=(1, 2))
     )
     assert job.has_end
-    job.settle()
+    job.settle(0.0, KEEP_S)
     assert job.next_write() == an_end(
         TokenChunk(num_tokens=4, text="[]", token_ids=(3, 4), part="tool_calls")
     )
-    job.settle()
+    job.settle(0.0, KEEP_S)
     assert not job.has_writes
 
 
@@ -184,7 +185,7 @@ def test_an_end_of_another_part_goes_behind_the_text() -> None:
     end = an_end(calls_write(2, "[").chunk)
     job.add(end)
     assert job.next_write() == chunk_write(LEASE, 1, "a")
-    job.settle()
+    job.settle(0.0, KEEP_S)
     assert job.next_write() == end
 
 
@@ -206,3 +207,60 @@ def test_an_impossible_wait_is_no_wait(now: float) -> None:
 @pytest.mark.parametrize("job_id", ["job1", "c0ffee00-1111-2222-3333-444455556666", "Z" * 32])
 def test_an_id_of_another_form_tells_no_time(job_id: str) -> None:
     assert waited_s(job_id, 1_700_000_000.0) is None
+
+
+def a_written_job(*numbers: int, at: float = 0.0) -> HeldJob:
+    """A job whose tokens up to each number were written, a chunk each, a second apart."""
+    job = a_held_job()
+    for seconds, number in enumerate(numbers):
+        job.add(chunk_write(LEASE, number))
+        job.next_write()
+        job.settle(at + seconds, KEEP_S)
+    return job
+
+
+def numbers_sent(job: HeldJob) -> list[int]:
+    return [write.chunk.num_tokens for write in sent_one_by_one(job) if write.chunk]
+
+
+@pytest.mark.parametrize("num_kept", [0, 1, 2, 3])
+def test_what_redis_has_lost_is_sent_again_as_it_was_and_then_what_follows(num_kept: int) -> None:
+    job = a_written_job(1, 2, 3)
+    job.add(chunk_write(LEASE, 4))
+    job.next_write()
+    for number in (5, 6):
+        job.add(chunk_write(LEASE, number))
+    assert job.send_again_after(num_kept) == (num_kept < 3)
+    assert numbers_sent(job) == [*range(num_kept + 1, 5), 6]
+
+
+def test_redis_may_lose_its_writes_again_before_it_has_them_all() -> None:
+    job = a_written_job(1, 2, 3)
+    assert job.send_again_after(1)
+    job.next_write()
+    job.settle(5.0, KEEP_S)
+    assert job.send_again_after(0)
+    assert numbers_sent(job) == [1, 2, 3]
+
+
+def test_an_end_that_came_too_early_waits_for_what_goes_before() -> None:
+    job = a_written_job(1, 2)
+    end = an_end(TokenChunk(num_tokens=3, text="x", token_ids=(3,)))
+    job.add(end)
+    job.next_write()
+    assert job.send_again_after(1)
+    assert job.has_end
+    assert list(sent_one_by_one(job)) == [chunk_write(LEASE, 2), end]
+    assert not job.has_writes
+
+
+def test_what_was_written_long_ago_or_ends_elsewhere_cannot_be_sent_again() -> None:
+    job = a_written_job(1, 2, at=100.0)
+    both = TokenChunk(num_tokens=4, text="xy", token_ids=(3, 4))
+    job.add(ChunkWrite(lease=LEASE, chunk=both))
+    job.next_write()
+    job.settle(101.0 + KEEP_S, KEEP_S)
+    assert not job.send_again_after(0)
+    assert not job.send_again_after(3)
+    assert not job.send_again_after(4)
+    assert job.send_again_after(1)

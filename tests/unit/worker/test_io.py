@@ -303,6 +303,39 @@ def test_late_writes_of_a_lost_run_never_reach_the_run_that_followed() -> None:
     assert worker.broker.jobs["a"].text == "one new"
 
 
+def test_a_redis_that_lost_its_last_writes_is_told_of_them_again_unnoticed_by_the_loop() -> None:
+    worker = Fixture()
+    lease = worker.take("a")
+    for number in (1, 2, 3):
+        worker.turn(chunk_write(lease, number, str(number)))
+    worker.broker.forget_after("a", 1)
+    for number in (4, 5):
+        assert worker.turn(chunk_write(lease, number, str(number))) == []
+    for _ in range(3):
+        worker.turn()
+    assert worker.broker.jobs["a"].text == "12345"
+    worker.broker.forget_after("a", 4)
+    worker.turn(an_end(lease, 6, "6"))
+    worker.turn()
+    worker.turn()
+    job = worker.broker.jobs["a"]
+    assert (job.text, len(job.ends), job.num_losses) == ("123456", 1, 0)
+
+
+def test_a_job_of_which_redis_has_lost_too_much_goes_back_to_the_queue() -> None:
+    worker = Fixture()
+    lease = worker.take("a")
+    for number in (1, 2):
+        worker.turn(chunk_write(lease, number))
+        worker.clock.now += LEASE_S / 2 + 1
+    worker.turn(chunk_write(lease, 3))
+    worker.broker.forget_after("a", 0)
+    assert worker.turn(chunk_write(lease, 4)) == [LostJob(lease=lease)]
+    [taken] = worker.turn()
+    assert isinstance(taken, TakenJob)
+    assert (taken.claimed.num_delivered, taken.claimed.num_losses) == (0, 0)
+
+
 # Leases
 
 

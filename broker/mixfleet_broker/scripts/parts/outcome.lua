@@ -5,6 +5,8 @@ local FAILED_TTL_S = 86400 -- where a stranger failed it
 -- As readers of the channel accept them; ms of the clock have 13.
 local MAX_RUN_DIGITS = 15
 local MAX_HISTORY = 16
+-- What became of a worker's write; any other reply is how many tokens its channel has.
+local DONE, LOST = -1, -2
 
 -- Ends that this call brought about, for the log of the caller: {job id, status, code, message}.
 local ended = {}
