@@ -35,7 +35,8 @@ def test_a_worker_does_not_start_on_a_redis_that_would_drop_jobs() -> None:
 
 def test_up_refuses_it_too_before_it_starts_anything(tmp_path: Path) -> None:
     with RedisServer(*EVICTING) as server:
-        done = run("mixfleet", "up", "--simulated", "--redis", server.url, "--data-dir", tmp_path)
+        where = ("--redis", server.url, "--data-dir", tmp_path)
+        done = run("mixfleet", "up", "--simulated", "--no-gateway", *where)
     assert done.returncode == 1
     assert done.stderr.startswith(f"Error: redis={server.url}: maxmemory 50 MiB")
     assert "worker" not in done.stdout

@@ -163,8 +163,9 @@ def test_the_help_of_up_shows_what_it_can_do() -> None:
 
 
 def test_up_refuses_what_no_worker_could_run(tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nowhere")
     result = CliRunner().invoke(
-        up, ["--data-dir", str(tmp_path), "--model-path", str(tmp_path / "nowhere")]
+        up, ["--no-gateway", "--data-dir", str(tmp_path), "--model-path", nowhere]
     )
     assert result.exit_code == 1
     assert "no such directory" in result.output
@@ -183,7 +184,8 @@ def test_up_names_all_missing_extras_at_once(
 ) -> None:
     monkeypatch.setattr("mixfleet_worker.up.ENGINE_MODULES", ("no_such_module_here",))
     unset = {"REDIS_URL": "", "MIXFLEET_REDIS": "", "MIXFLEET_MODEL_PATH": ""}
-    result = CliRunner().invoke(up, ["--data-dir", str(tmp_path), *arguments], env=unset)
+    options = ["--no-gateway", "--data-dir", str(tmp_path), *arguments]
+    result = CliRunner().invoke(up, options, env=unset)
     assert result.exit_code == 1
     assert f"pip install 'mixfleet[{extras}]'" in result.output
 
