@@ -23,6 +23,9 @@ from mixfleet_broker.write_outcome import Behind, WriteOutcome, write_outcome
 MAX_WORDS: Final = 256
 """Words fetched at a time."""
 
+_Call = tuple[ScriptName, tuple[Argument, ...]]
+"""A script, and its ARGV from the second on."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlushResult:
@@ -48,12 +51,10 @@ class Flush:
     def __init__(self, queue: JobQueue, worker_id: str | None = None) -> None:
         self._queue = queue
         self._worker_id = worker_id
-        self._job_ids: list[str] = []
-        self._pieces: dict[str, tuple[Argument, ...]] = {}
-        self._ends: dict[str, tuple[Argument, ...]] = {}
+        self._writes: dict[str, _Call] = {}
 
     def __len__(self) -> int:
-        return len(self._job_ids)
+        return len(self._writes)
 
     def append(self, lease: Lease, chunk: TokenChunk) -> None:
         """Add the next piece of an answer.
@@ -63,15 +64,13 @@ class Flush:
         """
         if not chunk.token_ids:
             raise MessageError("chunk: without tokens it can only be the last, with the job's end")
-        self._take_up(lease)
         num_before = chunk.num_tokens - len(chunk.token_ids)
         piece = (lease.job_id, lease.run, num_before, chunk.num_tokens, encode_chunk(chunk))
-        self._pieces[lease.job_id] = piece
+        self._add(lease, "append", piece)
 
     def finish(self, lease: Lease, end: JobEnd, chunk: TokenChunk | None = None) -> None:
         """Add the end of a job with the last piece of its answer, see ``JobQueue.finish``."""
-        self._take_up(lease)
-        self._ends[lease.job_id] = finish_args(lease, end, chunk, self._queue.rules)
+        self._add(lease, "finish", finish_args(lease, end, chunk, self._queue.rules))
 
     def send(self) -> FlushResult:
         """Send all writes.
@@ -82,10 +81,7 @@ class Flush:
             BrokerError: Redis refuses for another reason.
         """
         queue = self._queue
-        calls: list[tuple[ScriptName, tuple[Argument, ...]]] = []
-        if self._pieces:
-            calls.append(("append", tuple(arg for piece in self._pieces.values() for arg in piece)))
-        calls += [("finish", end) for end in self._ends.values()]
+        calls = self._calls()
         with redis_errors(), queue.redis.pipeline(transaction=False) as pipeline:
             for name, args in calls:
                 queue.scripts.queue_on(pipeline, name, queue.model, *args)
@@ -105,10 +101,17 @@ class Flush:
             words=tuple(word.decode() for found in rest for word in found or ()),
         )
 
-    def _take_up(self, lease: Lease) -> None:
-        if lease.job_id in self._pieces or lease.job_id in self._ends:
+    def _add(self, lease: Lease, name: ScriptName, args: tuple[Argument, ...]) -> None:
+        if lease.job_id in self._writes:
             raise MessageError(f"flush: a second write of job {lease.job_id}")
-        self._job_ids.append(lease.job_id)
+        self._writes[lease.job_id] = name, args
+
+    def _calls(self) -> list[_Call]:
+        """Return what is sent: all pieces in one call, if there are any, then each end."""
+        writes = self._writes.values()
+        pieces = tuple(arg for name, args in writes if name == "append" for arg in args)
+        ends = [call for call in writes if call[0] == "finish"]
+        return [("append", pieces), *ends] if pieces else ends
 
     def _reply(self, name: ScriptName, args: tuple[Argument, ...], reply: Any) -> Any:
         if isinstance(reply, NoScriptError):
@@ -118,12 +121,13 @@ class Flush:
 
     def _outcomes(self, replies: Sequence[Any]) -> tuple[WriteOutcome | Behind, ...]:
         """Return what became of each write, in the order in which they were given."""
-        pieces = replies[0] if self._pieces else []
-        if not isinstance(pieces, list) or len(pieces) != len(self._pieces):
+        names = [name for name, _ in self._writes.values()]
+        num_pieces = names.count("append")
+        pieces, ends = (replies[0], replies[1:]) if num_pieces else ([], replies)
+        if not isinstance(pieces, list) or len(pieces) != num_pieces:
             raise BrokerError(f"append: unexpected reply {pieces!r:.200}")
-        ends = replies[1:] if self._pieces else replies
-        of_job = dict(zip([*self._pieces, *self._ends], [*pieces, *ends], strict=True))
-        return tuple(write_outcome(of_job[job_id]) for job_id in self._job_ids)
+        of_script = {"append": iter(pieces), "finish": iter(ends)}
+        return tuple(write_outcome(next(of_script[name])) for name in names)
 
 
 def _sound(reply: Any) -> Any:

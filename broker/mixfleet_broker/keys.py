@@ -311,7 +311,7 @@ CHANNEL: Final = Key(
     name="channel",
     template="mixfleet:channel:{job_id}",
     type="stream",
-    writers="claim, append (channel.py and append.lua), finish, reap, cancel",
+    writers="claim, append, finish, reap, cancel",
     lifetime="2 h after the last renewal; after the end the result's",
     meaning="the answer: entries k (a: run started, t: tokens, q: queued again, e: end) and d "
     "(msgpack), ids <run>-<tokens so far>",

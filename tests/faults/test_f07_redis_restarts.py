@@ -1,6 +1,5 @@
 """F7: a Redis that is killed, stands still, or comes back with nothing."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,13 +38,6 @@ def await_despair(*workers: WorkerProcess) -> None:
     until(all_gave_up, "the leases are taken for lost")
 
 
-def read_on(pieces: list[Iterator[str]], num_pieces: int) -> None:
-    """Read some more of every answer."""
-    for answer in pieces:
-        for _ in range(num_pieces):
-            next(answer)
-
-
 def blame(redis: Redis, asked: Asked) -> int:
     """How many lost workers are held against the jobs."""
     return sum(JobQueue(redis, MODEL).info(job_id).num_losses for job_id in asked.jobs)
@@ -67,8 +59,7 @@ def test_a_redis_killed_and_restarted_on_its_log_loses_no_job_and_blames_none(
         WorkerProcess(server.url, "second", tmp_path, *WORKER) as second,
     ):
         asked = Asked(client, *QUESTIONS)
-        for stream in asked.streams:
-            next(iter(stream))
+        asked.read_on()
         server.await_written()
         server.kill()
         if is_long:
@@ -90,10 +81,9 @@ def test_a_redis_that_lost_its_last_writes_is_told_of_them_again(tmp_path: Path)
         WorkerProcess(server.url, "w1", tmp_path, *WORKER, "--lease-s", LONG_LEASE_S) as worker,
     ):
         asked = Asked(client, *QUESTIONS[:BATCH])
-        pieces = [iter(stream) for stream in asked.streams]
-        read_on(pieces, 1)
+        asked.read_on()
         server.keep_log()
-        read_on(pieces, 4)
+        asked.read_on(4)
         server.kill()
         server.lose_what_followed()
         server.start()
@@ -116,8 +106,7 @@ def test_a_redis_that_stands_still_for_longer_than_a_lease_loses_no_job_and_blam
         WorkerProcess(server.url, "second", tmp_path, *WORKER) as second,
     ):
         asked = Asked(client, *QUESTIONS)
-        for stream in asked.streams:
-            next(iter(stream))
+        asked.read_on()
         server.pause()
         await_despair(first, second)
         server.resume()

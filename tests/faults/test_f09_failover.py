@@ -70,14 +70,10 @@ def test_the_tokens_that_the_replica_had_not_heard_of_are_said_again(
         ) as worker,
     ):
         asked = Asked(client, *QUESTIONS[:3], max_tokens=60)
-        pieces = [iter(stream) for stream in asked.streams]
-        for answer in pieces:
-            next(answer)
+        asked.read_on()
         await_replica(cluster, *(CHANNEL(stream.job_id) for stream in asked.streams))
         cluster.cut_replica_link()
-        for answer in pieces:
-            for _ in range(5):
-                next(answer)
+        asked.read_on(5)
         cluster.await_failover(cluster.kill_primary())
         results = asked.read_all()
         late = [client.attach(result.job_id).result().text for result in results]
@@ -99,7 +95,7 @@ def test_what_the_replica_had_not_heard_of_is_reported_and_fences_nobody_out(
         with WorkerProcess(cluster.url, "w1", tmp_path, *SLOW_STEP, "--lease-s", LEASE_S) as worker:
             forgotten = Asked(client, "a job that it has never heard of")
             for asked in (known, forgotten):
-                next(iter(asked.streams[0]))
+                asked.read_on()
             cluster.await_failover(cluster.kill_primary())
             with pytest.raises(UnknownJobError):
                 forgotten.streams[0].result()

@@ -157,6 +157,12 @@ class Asked:
         pairs = zip(self.streams, self.texts, strict=True)
         return {stream.job_id: Expected(text=text) for stream, text in pairs}
 
+    def read_on(self, num_pieces: int = 1) -> None:
+        """Read some more of every answer."""
+        for stream in self.streams:
+            for _ in range(num_pieces):
+                next(iter(stream))
+
     def read_all(self) -> list[ChatResult]:
         """Read every answer to its end and check it."""
         results = [stream.result() for stream in self.streams]

@@ -21,6 +21,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from mixfleet_broker.server_binary import find_server
+from support.worker_process import until
 
 START_LIMIT_S = 20.0
 EVERYSEC = ("--appendonly", "yes", "--appendfsync", "everysec")
@@ -70,11 +71,11 @@ class RedisServer:
     def await_written(self) -> None:
         """Wait until all that it has confirmed so far is in its log."""
         with self.client() as client:
-            deadline = time.monotonic() + START_LIMIT_S
             # It keeps writes back while one waits for the disk, and writes before it replies else.
-            while client.info("persistence")["aof_pending_bio_fsync"]:
-                assert time.monotonic() < deadline, "the disk is too slow"
-                time.sleep(0.01)
+            until(
+                lambda: not client.info("persistence")["aof_pending_bio_fsync"],
+                "nothing waits for the disk",
+            )
 
     def keep_log(self) -> None:
         """Remember the log as it is now."""
